@@ -1,0 +1,129 @@
+"""A recipe and Trainer arguments -> a trained model folder with its record.
+
+    python train.py --recipe nano --output_dir runs/nano
+    python train.py --help
+"""
+
+import shlex
+import sys
+from pathlib import Path
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import TrainingArguments, ViTImageProcessor, set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from vit_cifar import ViTCifarConfig, ViTCifarForImageClassification
+from vit_cifar.evaluation import records
+from vit_cifar.evaluation.metrics import evaluate
+from vit_cifar.training.arguments import RecipeArguments, parse_arguments
+from vit_cifar.training.data import CIFAR10_MEAN, CIFAR10_STD, ImageDataset, load_split, split_off_validation
+from vit_cifar.training.trainer import ViTCifarTrainer, describe_parameters, newest_checkpoint
+
+
+def main(argv: list[str]) -> None:
+    recipe, args, parser = parse_arguments(argv)
+    try:
+        checkpoint = find_checkpoint(args)
+        image_size = ViTCifarConfig(**recipe.model).image_size
+        train_set, validation_set = load_training_data(recipe, image_size)
+        set_seed(args.seed)
+        config = ViTCifarConfig(**recipe.model, id2label=dict(enumerate(train_set.classes)))
+        attention = recipe.attn_implementation or ("eager" if args.bf16 and args.device.type == "cpu" else "sdpa")
+        model = ViTCifarForImageClassification._from_config(config, attn_implementation=attention)
+    except (ValueError, StrictDataclassError) as error:
+        parser.error(" ".join(str(error).split()))
+
+    size = {"height": image_size, "width": image_size}
+    processor = ViTImageProcessor(
+        size=size, image_mean=CIFAR10_MEAN, image_std=CIFAR10_STD, resample=3, do_convert_rgb=True
+    )
+    trainer = ViTCifarTrainer(model, args, recipe, train_set, validation_set, CIFAR10_MEAN, CIFAR10_STD)
+    number_format = "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else "float32"
+    print(describe_parameters(model, recipe))
+    print(f"{len(train_set):,} training and {len(validation_set):,} validation images on {args.device}")
+    print(f"{number_format}, {attention} attention")
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    if not trainer.is_world_process_zero():
+        return
+    model.save_pretrained(args.output_dir)
+    processor.save_pretrained(args.output_dir)
+    wall_time = trainer.clock.seconds()
+
+    # From here on only the folder counts: loaded again, as a user will, it gives the numbers of the record.
+    model = ViTCifarForImageClassification.from_pretrained(args.output_dir).to(args.device)
+    test_set = load_data(recipe, "test", image_size)  # the one time that the test split is read
+    validation, test = (evaluate(model, processor, dataset) for dataset in (validation_set, test_set))
+
+    state = trainer.state
+    steps = state.global_step - (int(checkpoint.rpartition("-")[2]) if checkpoint else 0)
+    batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    kept_step = state.best_global_step if args.load_best_model_at_end and state.best_global_step else state.global_step
+    arguments = vars(recipe) | args.to_dict()
+    local = Path(recipe.dataset_name).exists()
+    dataset_name = recipe.dataset_title or (Path(recipe.dataset_name).resolve().name if local else recipe.dataset_name)
+    # A folder of one machine says nothing to a reader: the record has the dataset's title in its place.
+    command = [dataset_name if word == recipe.dataset_name else word for word in ["python", "train.py", *argv]]
+    record = {
+        "recipe": recipe.recipe,
+        "command": shlex.join(command),
+        "arguments": arguments | {"dataset_name": dataset_name},
+        "parameters": model.num_parameters(),
+        "git_commit": records.git_commit(Path(__file__).parent),
+        "versions": records.versions(),
+        "hardware": records.hardware(),
+        "number_format": number_format,
+        "attn_implementation": attention,
+        "seed": args.seed,
+        "dataset": {
+            "name": dataset_name,
+            "note": recipe.dataset_note,
+            "fingerprints": {"train": train_set.fingerprint, "test": test_set.fingerprint},
+            "images": {"train": len(train_set), "validation": len(validation_set), "test": len(test_set)},
+        },
+        "epochs": records.epoch_log(state.log_history),
+        "kept_epoch": round(kept_step / state.max_steps * state.num_train_epochs, 2),
+        "epoch_selected_on": "validation" if recipe.validation_size else "test",
+        "wall_time_seconds": round(wall_time, 1),
+        "images_per_second": round(steps * batch_size / result.metrics["train_runtime"], 1),
+        "validation_accuracy": validation.accuracy,
+        "validation_loss": validation.loss,
+        "test_accuracy": test.accuracy,
+        "test_loss": test.loss,
+        "test_accuracy_per_class": test.per_class,
+        "weights_sha256": records.weights_sha256(args.output_dir),
+    }
+    records.write_record(args.output_dir, record)
+    records.plot_losses(record, Path(args.output_dir) / "loss_curve.png")
+    print(f"validation accuracy {validation.accuracy:.2%}, test accuracy {test.accuracy:.2%}: {args.output_dir}")
+
+
+def load_data(recipe: RecipeArguments, split: str, image_size: int) -> ImageDataset:
+    return load_split(recipe.dataset_name, split, image_size, recipe.image_column, recipe.label_column)
+
+
+def load_training_data(recipe: RecipeArguments, image_size: int) -> tuple[ImageDataset, ImageDataset]:
+    train_set = load_data(recipe, "train", image_size)
+    if recipe.validation_size == 0:  # the tutorial's way: the test split decides which epoch is kept
+        return train_set, load_data(recipe, "test", image_size)
+    return split_off_validation(train_set, recipe.validation_size, recipe.validation_seed)
+
+
+def find_checkpoint(args: TrainingArguments) -> str | None:
+    """The checkpoint to go on from; without one, output_dir must not hold another training."""
+    output_dir, wanted = Path(args.output_dir), args.resume_from_checkpoint
+    if wanted is None:
+        taken = [*output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), *output_dir.glob(records.WEIGHTS_NAME)]
+        if taken:
+            raise ValueError(
+                f"output_dir: expected a folder without a training, got {output_dir} with {taken[0].name}: "
+                "go on with --resume_from_checkpoint or choose another"
+            )
+        return None
+    checkpoint = newest_checkpoint(args.output_dir) if wanted == "last" else wanted
+    if checkpoint is None or not Path(checkpoint).is_dir():
+        raise ValueError(f"resume_from_checkpoint: expected a whole checkpoint in {output_dir}, got {checkpoint or 'none'}")
+    return checkpoint
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,106 @@
+"""training_record.json: how a model folder came about and what it scores. README and cards take numbers from here only."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+RECORD_NAME = "training_record.json"
+WEIGHTS_NAME = "model.safetensors"
+
+
+def weights_sha256(folder: str | Path) -> str:
+    return hashlib.sha256((Path(folder) / WEIGHTS_NAME).read_bytes()).hexdigest()
+
+
+def write_record(folder: str | Path, record: dict) -> None:
+    """Whole or not at all: written beside its place, then renamed."""
+    part = Path(folder) / f".{RECORD_NAME}.part"
+    part.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    os.replace(part, Path(folder) / RECORD_NAME)
+
+
+def read_record(folder: str | Path) -> dict:
+    """The record of a model folder.
+
+    Raises:
+        ValueError: there is none, or it belongs to other weights.
+    """
+    path = Path(folder) / RECORD_NAME
+    if not path.is_file():
+        raise ValueError(f"{folder}: expected a {RECORD_NAME}, got none")
+    record = json.loads(path.read_text())
+    if (found := weights_sha256(folder)) != record["weights_sha256"]:
+        raise ValueError(
+            f"{path}: expected the record of these weights (sha256 {found[:12]}…), "
+            f"got that of others ({record['weights_sha256'][:12]}…)"
+        )
+    return record
+
+
+def versions() -> dict[str, str]:
+    packages = ("torch", "torchvision", "transformers", "datasets", "accelerate", "safetensors", "huggingface_hub")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+
+
+def hardware() -> dict[str, str | int | float]:
+    """Processor, cores, threads, memory in GiB and, where there is one, the GPU."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    found = {
+        "cpu": names[0] if names else platform.processor(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+    }
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def git_commit(folder: str | Path) -> str | None:
+    """Commit of the checkout that `folder` is in, "+changes" added if it has any; None outside a checkout."""
+
+    def git(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True)
+
+    try:
+        commit = git("rev-parse", "HEAD")
+    except FileNotFoundError:  # no git on this machine
+        return None
+    if commit.returncode:
+        return None
+    return commit.stdout.strip() + ("+changes" if git("status", "--porcelain", "--untracked-files=no").stdout else "")
+
+
+def epoch_log(log_history: list[dict]) -> list[dict]:
+    """Trainer's log -> one row an epoch: epoch, training_loss, validation_loss, validation_accuracy."""
+    names = {"loss": "training_loss", "eval_loss": "validation_loss", "eval_accuracy": "validation_accuracy"}
+    rows: dict[int, dict] = {}
+    for entry in log_history:
+        row = rows.setdefault(round(entry["epoch"]), {"epoch": round(entry["epoch"])})
+        row.update({name: entry[key] for key, name in names.items() if key in entry})
+    return [rows[epoch] for epoch in sorted(rows) if len(rows[epoch]) > 1]
+
+
+def plot_losses(record: dict, path: str | Path) -> None:
+    """Training and validation loss by epoch, the kept epoch marked."""
+    from matplotlib.figure import Figure  # not at import: drawing needs it, loading a model does not
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for name in ("training_loss", "validation_loss"):
+        points = [(row["epoch"], row[name]) for row in record["epochs"] if name in row]
+        axes.plot(*zip(*points, strict=True), marker=".", label=name.replace("_", " "))
+    kept = record["kept_epoch"]
+    axes.axvline(kept, color="0.5", linestyle=":", label=f"kept: epoch {kept:g}")
+    axes.set(xlabel="epoch", ylabel="cross-entropy (nats)", title=f"{record['recipe']} on {record['dataset']['name']}")
+    axes.legend()
+    figure.savefig(path, dpi=150)

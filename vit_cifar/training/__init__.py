@@ -1,0 +1,1 @@
+"""From rows to a model folder: arguments, data, augmentation, optimizer, trainer."""

@@ -1,0 +1,140 @@
+"""A recipe and a command line -> arguments. The command line overrides the recipe, the recipe the defaults."""
+
+import argparse
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from .data import CIFAR10_NAME
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+@dataclass
+class RecipeArguments:
+    """What this package adds to transformers' TrainingArguments."""
+
+    _argument_group_name = "recipe, data, augmentation, optimizer"
+
+    recipe: str = field(metadata={"help": "name of a shipped recipe, or a YAML file with any of these arguments"})
+    model: dict = field(init=False, default_factory=dict)
+    config_overrides: str | None = field(
+        default=None, metadata={"help": "config fields over the recipe's model, as in hidden_size=192,drop_path_rate=0.1"}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "eager, sdpa …; left out, the faster one on this machine (eager for bf16 on a CPU)"}
+    )
+    dataset_name: str = field(
+        default=CIFAR10_NAME, metadata={"help": "Hub id, local folder, or `sample` for the images in the package"}
+    )
+    dataset_title: str | None = field(
+        default=None, metadata={"help": "what the record calls the dataset; left out, the Hub id or the folder's own name"}
+    )
+    dataset_note: str | None = field(default=None, metadata={"help": "what a reader of the record must know of the data"})
+    image_column: str | None = field(default=None, metadata={"help": "left out, the only column of type Image"})
+    label_column: str | None = field(default=None, metadata={"help": "left out, the only column of type ClassLabel"})
+    validation_size: int = field(
+        default=5000,
+        metadata={"help": "images held out of train, the same share of every class; 0 validates on the test split"},
+    )
+    validation_seed: int = field(default=0, metadata={"help": "which images are held out"})
+    flip: Literal["none", "random", "alternating"] = field(
+        default="random", metadata={"help": "horizontal flips; alternating: every second epoch, not by chance"}
+    )
+    max_shift: int = field(default=4, metadata={"help": "largest shift in pixels along each axis"})
+    shift_fill: Literal["zeros", "reflect"] = field(default="reflect", metadata={"help": "what moves in at the border"})
+    cutout_size: int = field(default=0, metadata={"help": "side in pixels of a square painted over; 0 for none"})
+    optimizer: Literal["muon", "adam", "trainer"] = field(
+        default="trainer",
+        metadata={
+            "help": "muon: Muon for the layers' matrices, AdamW for the rest; adam: torch's Adam with coupled L2; "
+            "trainer: what --optim says"
+        },
+    )
+    muon_learning_rate: float = field(default=0.02, metadata={"help": "for Muon; --learning_rate is for the rest"})
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "stop after so many evaluations without a better one"}
+    )
+    first_eligible_epoch: int = field(default=0, metadata={"help": "the first epoch that can be kept as the best"})
+
+
+@dataclass
+class ViTCifarTrainingArguments(TrainingArguments):
+    _argument_group_name = "transformers.TrainingArguments"
+
+
+def machine_supports_bf16() -> bool:
+    """Whether bfloat16 is fast here: a GPU that has it, or a CPU with AVX-512 BF16 or AMX."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def parse_arguments(argv: list[str]) -> tuple[RecipeArguments, TrainingArguments, argparse.ArgumentParser]:
+    """Resolves recipe and command line; a user's error ends the process with one line and exit code 2."""
+    parser = HfArgumentParser(
+        [RecipeArguments, ViTCifarTrainingArguments],
+        prog="train.py",
+        usage="python train.py --recipe NAME --output_dir FOLDER [any argument below]",
+        description="Train a ViT-CIFAR model folder that from_pretrained loads, with its record.",
+        epilog=f"shipped recipes: {', '.join(recipe_names())}",
+    )
+    for action in parser._actions:
+        if action.dest == "resume_from_checkpoint":
+            action.nargs, action.const = "?", "last"
+            action.help = "a checkpoint folder; without a value, the newest whole one in output_dir"
+    # What depends on the machine comes first, so that a recipe or the command line can say otherwise.
+    parser.set_defaults(bf16=machine_supports_bf16(), dataloader_pin_memory=torch.cuda.is_available())
+    parser.set_defaults(use_cpu=not torch.accelerator.is_available())  # else Trainer refuses bf16 on a CPU
+    parser.set_defaults(remove_unused_columns=False, restore_callback_states_from_checkpoint=True)
+
+    if not {"-h", "--help"} & set(argv):
+        first = argparse.ArgumentParser(add_help=False, prog=parser.prog, usage=parser.usage)
+        first.add_argument("--recipe", required=True)
+        recipe = _read_recipe(first.parse_known_args(argv)[0].recipe, parser)
+        model = recipe.pop("model", {})
+        parser.set_defaults(**recipe)
+    try:
+        recipe_args, training_args = parser.parse_args_into_dataclasses(argv)
+        recipe_args.model = model | _parse_overrides(recipe_args.config_overrides)
+    except (ValueError, ImportError) as error:
+        parser.error(str(error).strip().splitlines()[0])
+    if "--output_dir" not in argv and not any(item.startswith("--output_dir=") for item in argv):
+        parser.error("output_dir: expected a folder for the trained model, got none")
+    if training_args.push_to_hub:
+        parser.error("push_to_hub: training never publishes; publish a trained folder with `vit-cifar publish`")
+    return recipe_args, training_args, parser
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def _read_recipe(name: str, parser: argparse.ArgumentParser) -> dict:
+    path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
+    if not path.is_file():
+        parser.error(f"recipe: expected one of {', '.join(recipe_names())} or a YAML file, got {name!r}")
+    try:
+        recipe = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        parser.error(f"recipe: expected a YAML file, got {name!r}: {' '.join(str(error).split())}")
+    if not isinstance(recipe, dict):
+        parser.error(f"recipe: expected arguments as `name: value` in {name!r}, got {type(recipe).__name__}")
+    unknown = set(recipe) - {action.dest for action in parser._actions} - {"model"}
+    if unknown:
+        parser.error(f"recipe: expected names of arguments (see --help) in {name!r}, got {', '.join(sorted(unknown))}")
+    return recipe
+
+
+def _parse_overrides(text: str | None) -> dict:
+    overrides = {}
+    for item in text.split(",") if text else []:
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise ValueError(f"config_overrides: expected field=value,field=value, got {item!r}")
+        overrides[name.strip()] = yaml.safe_load(value)
+    return overrides

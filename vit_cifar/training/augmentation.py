@@ -1,0 +1,90 @@
+"""Augmentation of a whole batch at once, on the device that the batch is on.
+
+torchvision's transforms draw once for a batch; here each image has its own draw, taken from (seed, epoch, index of the
+image in the dataset). So neither the order of the images, nor the number of processes, nor a resume changes it.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass
+class Augmentation:
+    """Flip, shift and cutout.
+
+    Attributes:
+        num_samples: number of images in the training set.
+        seed: of every draw.
+        flip: "random" flips each image with probability 1/2; "alternating" flips every second epoch, each image from
+            its own start, so that any two epochs in a row show both sides (airbench, arXiv:2404.00498, section 3.6);
+            "none".
+        max_shift: largest shift in pixels along each axis; the same as a random crop after padding by as much.
+        shift_fill: what moves in at the border: "zeros" (black) or "reflect".
+        cutout_size: side in pixels of a square that is painted with `fill` (DeVries and Taylor 2017,
+            arXiv:1708.04552); it may stand partly outside the image. 0 leaves it out.
+        fill: (C,) uint8 colour for cutout, near the dataset's mean.
+    """
+
+    num_samples: int
+    seed: int
+    flip: str = "random"
+    max_shift: int = 0
+    shift_fill: str = "zeros"
+    cutout_size: int = 0
+    fill: tuple[int, ...] = (0, 0, 0)
+    _draws: tuple[int, torch.Tensor] | None = field(default=None, repr=False)
+
+    def draws(self, epoch: int) -> torch.Tensor:
+        """(num_samples, 5) uniform numbers of this epoch: shift down, shift right, flip, cutout row, cutout column."""
+        if self._draws is None or self._draws[0] != epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            draws = torch.rand(self.num_samples, 5, generator=generator)
+            if self.flip == "alternating":
+                draws[:, 2] = torch.rand(self.num_samples, generator=generator.manual_seed(self.seed))
+                if epoch % 2:
+                    draws[:, 2] = 1 - draws[:, 2]
+            self._draws = (epoch, draws)
+        return self._draws[1]
+
+    def __call__(self, images: torch.Tensor, sample_index: torch.Tensor, epoch: int) -> torch.Tensor:
+        """images (B, C, H, W) uint8 of the dataset's rows sample_index (B,) -> the same shape and type."""
+        batch, channels, height, width = images.shape
+        device = images.device
+        down, right, flip, row, column = self.draws(epoch)[sample_index.cpu()].to(device)[..., None].unbind(1)  # (B, 1)
+
+        span = 2 * self.max_shift + 1
+        rows = torch.arange(height, device=device) + (down * span).long() - self.max_shift  # (B, H), where pixels come from
+        columns = torch.arange(width, device=device)
+        if self.flip != "none":
+            columns = torch.where(flip < 0.5, columns.flip(0), columns)
+        columns = columns + (right * span).long() - self.max_shift  # (B, W)
+        inside = ((0 <= rows) & (rows < height))[:, None, :, None] & ((0 <= columns) & (columns < width))[:, None, None, :]
+        rows, columns = _reflect(rows, height), _reflect(columns, width)
+        images = images[
+            torch.arange(batch, device=device)[:, None, None, None],
+            torch.arange(channels, device=device)[None, :, None, None],
+            rows[:, None, :, None],
+            columns[:, None, None, :],
+        ]
+        if self.shift_fill == "zeros":
+            images = images * inside
+
+        if self.cutout_size:
+            # The centre is anywhere in the image; an even size reaches one pixel further up and left.
+            in_rows = _window(row, height, self.cutout_size)
+            in_columns = _window(column, width, self.cutout_size)
+            fill = torch.tensor(self.fill, dtype=images.dtype, device=device)[:, None, None]
+            images = torch.where(in_rows[:, None, :, None] & in_columns[:, None, None, :], fill, images)
+        return images
+
+
+def _reflect(index: torch.Tensor, size: int) -> torch.Tensor:
+    """Indices outside 0..size-1 come back in, the border pixel not repeated."""
+    return (size - 1) - ((size - 1) - index.abs()).abs()
+
+
+def _window(draw: torch.Tensor, length: int, size: int) -> torch.Tensor:
+    """(B, 1) draws -> (B, length) booleans, true in a window of `size` around a centre that is anywhere."""
+    offset = torch.arange(length, device=draw.device) - (draw * length).long() + size // 2
+    return (0 <= offset) & (offset < size)

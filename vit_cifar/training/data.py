@@ -1,0 +1,218 @@
+"""`datasets` rows, decoded once into a uint8 tensor that is cached on disk; seeded splits; access by batch."""
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+from tqdm.auto import tqdm
+
+CIFAR10_NAME = "uoft-cs/cifar10"
+CIFAR10_MEAN = [0.4914, 0.4822, 0.4465]  # per channel, of pixels scaled to 0..1: the tutorial's numbers
+CIFAR10_STD = [0.2023, 0.1994, 0.2010]
+SAMPLE_NAME = "sample"
+SAMPLE_FOLDER = Path(__file__).parents[1] / "demo" / "assets" / "sample"
+CACHE_FORMAT = "1"  # part of the cache's key: raise it when what is stored changes
+
+
+class DataError(ValueError):
+    """A dataset that cannot be used; the message is one line that names split, row and column."""
+
+
+@dataclass
+class ImageDataset(torch.utils.data.Dataset):
+    """Images of one split in memory, handed out by whole batches (`__getitems__`, which DataLoader prefers).
+
+    Attributes:
+        images: (N, C, H, W), uint8.
+        labels: (N,), int64, 0 <= label < len(classes).
+        classes: the class names.
+        fingerprint: what `datasets` calls the state of the split that the images come from.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    classes: list[str]
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        indices = torch.as_tensor(indices)
+        return {"pixel_values": self.images[indices], "labels": self.labels[indices], "sample_index": indices}
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {name: tensor[0] for name, tensor in self.__getitems__([index]).items()}
+
+    def subset(self, indices: torch.Tensor) -> "ImageDataset":
+        return ImageDataset(self.images[indices], self.labels[indices], self.classes, self.fingerprint)
+
+
+def keep_batch(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The collate function for ImageDataset, whose batches are whole already."""
+    return batch
+
+
+def normalize(images: torch.Tensor, mean: list[float], std: list[float]) -> torch.Tensor:
+    """uint8 (B, C, H, W) to float32, scaled to 0..1, minus mean, divided by std: what the image processor does."""
+    return F.normalize(F.to_dtype(images, torch.float32, scale=True), mean=mean, std=std)
+
+
+def load_split(
+    dataset_name: str,
+    split: str,
+    image_size: int = 32,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> ImageDataset:
+    """One split of a dataset as tensors; decoded with a progress bar the first time, read from the cache afterwards.
+
+    Args:
+        dataset_name: a Hub id, a local folder, or "sample" for the images that the package carries.
+        split: "train", "test", or whatever else the dataset has.
+        image_size: height and width in pixels; images of another size are resized (bicubic, antialiased).
+        image_column, label_column: names; left out, the only Image and the only ClassLabel column are taken.
+
+    Raises:
+        DataError: no such dataset, split or column, an empty split, a row whose image cannot be decoded or whose
+            label is missing or not one of the classes.
+    """
+    source = str(SAMPLE_FOLDER) if dataset_name == SAMPLE_NAME else dataset_name
+    try:
+        rows = datasets.load_dataset(source)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise DataError(f"dataset_name: expected a dataset on the Hub or a folder, got {source!r}: {reason[0]}") from error
+    if split not in rows:
+        raise DataError(f"split: expected one of {', '.join(rows)} in {dataset_name}, got {split!r}")
+    rows = rows[split]
+    if len(rows) == 0:
+        raise DataError(f"{dataset_name}: expected rows in split {split!r}, got an empty split")
+    image_column = _find_column(rows, image_column, datasets.Image, "image_column", split)
+    label_column = _find_column(rows, label_column, datasets.ClassLabel, "label_column", split)
+
+    key = json.dumps([CACHE_FORMAT, rows._fingerprint, image_column, label_column, image_size])
+    path = Path(datasets.config.HF_CACHE_HOME) / "vit_cifar" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+    cached = _read_cache(path, rows._fingerprint)
+    if cached is None:
+        labels, classes = _labels(rows, label_column, split)
+        images = _images(rows, image_column, split, image_size)
+        cached = ImageDataset(images, labels, classes, rows._fingerprint)
+        _write_cache(path, cached)
+    return cached
+
+
+def split_off_validation(dataset: ImageDataset, size: int, seed: int) -> tuple[ImageDataset, ImageDataset]:
+    """(rest, validation): `size` images drawn so that every class keeps its share; the same for the same seed.
+
+    Raises:
+        DataError: size leaves no training image, or is smaller than the number of classes.
+    """
+    if not len(dataset.classes) <= size < len(dataset):
+        raise DataError(
+            f"validation_size: expected {len(dataset.classes)} (one image a class) to {len(dataset) - 1}, got {size}"
+        )
+    features = datasets.Features(
+        {"index": datasets.Value("int64"), "label": datasets.ClassLabel(names=dataset.classes)}
+    )
+    table = {"index": list(range(len(dataset))), "label": dataset.labels.tolist()}
+    parts = datasets.Dataset.from_dict(table, features=features).train_test_split(
+        test_size=size, stratify_by_column="label", seed=seed
+    )
+    rest, validation = (torch.tensor(sorted(parts[name]["index"])) for name in ("train", "test"))
+    return dataset.subset(rest), dataset.subset(validation)
+
+
+def _find_column(rows: datasets.Dataset, name: str | None, kind: type, argument: str, split: str) -> str:
+    if name is not None:
+        if name not in rows.features:
+            raise DataError(f"{argument}: expected a column of split {split!r} ({', '.join(rows.features)}), got {name!r}")
+        return name
+    found = [column for column, feature in rows.features.items() if isinstance(feature, kind)]
+    if len(found) != 1:
+        raise DataError(
+            f"{argument}: expected one column of type {kind.__name__} in split {split!r} ({', '.join(rows.features)}), "
+            f"got {', '.join(found) or 'none'}: name it with --{argument}"
+        )
+    return found[0]
+
+
+def _labels(rows: datasets.Dataset, column: str, split: str) -> tuple[torch.Tensor, list[str]]:
+    feature, labels = rows.features[column], rows.with_format(None)[column][:]
+    for row, label in enumerate(labels):
+        if label is None:
+            raise DataError(f"split {split!r}, row {row}, column {column!r}: expected a label, got none")
+    if isinstance(feature, datasets.ClassLabel):
+        classes = feature.names
+    elif labels and all(isinstance(label, int) for label in labels):
+        classes = [str(index) for index in range(max(labels) + 1)]
+    else:
+        raise DataError(f"label_column: expected class labels or whole numbers in {column!r}, got {feature}")
+    for row, label in enumerate(labels):
+        if not 0 <= label < len(classes):
+            raise DataError(
+                f"split {split!r}, row {row}, column {column!r}: expected a label from 0 to {len(classes) - 1}, got {label}"
+            )
+    return torch.tensor(labels), classes
+
+
+def _images(rows: datasets.Dataset, column: str, split: str, image_size: int) -> torch.Tensor:
+    if not isinstance(rows.features[column], datasets.Image):
+        raise DataError(f"image_column: expected a column of type Image, got {column!r} of type {rows.features[column]}")
+    decoder = datasets.Image(mode="RGB")
+    images = torch.empty(len(rows), 3, image_size, image_size, dtype=torch.uint8)
+    encoded = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    for row, value in enumerate(tqdm(encoded, desc=f"decoding {split}", unit=" images")):
+        try:
+            image = F.pil_to_tensor(decoder.decode_example(value[column]))
+        except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
+            raise DataError(
+                f"split {split!r}, row {row}, column {column!r}: expected an image, got {_describe(value[column])}"
+            ) from error
+        if image.shape[-2:] != images.shape[-2:]:
+            image = F.resize(image, [image_size, image_size], InterpolationMode.BICUBIC, antialias=True)
+        images[row] = image
+    return images
+
+
+def _describe(value: dict | None) -> str:
+    if value is None:
+        return "none"
+    if value.get("bytes") is None:
+        return f"file {value.get('path')!r} that cannot be decoded"
+    return f"{len(value['bytes'])} bytes that cannot be decoded"
+
+
+def _read_cache(path: Path, fingerprint: str) -> ImageDataset | None:
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            classes = json.loads(file.metadata()["classes"])
+            return ImageDataset(file.get_tensor("images"), file.get_tensor("labels"), classes, fingerprint)
+    except (SafetensorError, OSError) as error:
+        print(f"cache {path} cannot be read and is made again: {error}")
+        return None
+
+
+def _write_cache(path: Path, dataset: ImageDataset) -> None:
+    """Whole or not at all: written beside its place, then renamed, so that no reader ever sees half a file."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            part = Path(folder) / path.name
+            tensors = {"images": dataset.images, "labels": dataset.labels}
+            save_file(tensors, part, metadata={"classes": json.dumps(dataset.classes)})
+            os.replace(part, path)
+    except OSError as error:
+        print(f"the decoded images are not cached, the next start decodes again: {error}")

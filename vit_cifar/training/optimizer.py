@@ -1,0 +1,81 @@
+"""Which parameters are trained how: Muon for the matrices, AdamW for the rest; what is decayed and what is not."""
+
+import torch
+from torch import nn
+
+from ..modeling_vit_cifar import ViTCifarConvStem, ViTCifarLayer
+
+
+def decayed_parameter_names(model: nn.Module) -> list[str]:
+    """Weights with two or more dimensions; not biases, norms, class token and position table (nanoGPT, DeiT)."""
+    tables = ("cls_token", "position_embeddings")
+    return [name for name, p in model.named_parameters() if p.ndim >= 2 and not name.endswith(tables)]
+
+
+def muon_parameter_names(model: nn.Module) -> list[str]:
+    """The matrices between input and output: weights of the layers, and the filters of a convolutional stem."""
+    inner = (ViTCifarLayer, ViTCifarConvStem)
+    inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, inner))
+    return [name for name in decayed_parameter_names(model) if name.startswith(inside)]
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) and AdamW behind one optimizer.
+
+    `torch.optim.Muon` takes matrices only: it is given each convolution's filters as a view (out, in * height * width)
+    of the same memory.
+
+    Args:
+        model: already on the device that it is trained on.
+        lr, betas, eps: for AdamW; muon_lr: for Muon. A scheduler scales both.
+        weight_decay: decoupled, for both; AdamW's share of it is what `decayed_parameter_names` lists.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float,
+        muon_lr: float,
+        weight_decay: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ):
+        # Not super().__init__(): the groups and the state are those of the two optimizers below.
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        by_muon, decayed = muon_parameter_names(model), decayed_parameter_names(model)
+        self.matrices = [(p, nn.Parameter(p.detach().view(len(p), -1))) for n, p in parameters.items() if n in by_muon]
+        groups = [
+            {"params": [p for n, p in parameters.items() if n in decayed and n not in by_muon], "weight_decay": weight_decay},
+            {"params": [p for n, p in parameters.items() if n not in decayed], "weight_decay": 0.0},
+        ]
+        self.optimizers = (
+            torch.optim.Muon([matrix for _, matrix in self.matrices], lr=muon_lr, weight_decay=weight_decay),
+            torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=betas, eps=eps),
+        )
+        self.defaults = {}
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    @property
+    def state(self) -> dict:
+        return {p: state for optimizer in self.optimizers for p, state in optimizer.state.items()}
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for parameter, matrix in self.matrices:
+            parameter.grad = matrix.grad = None
+        self.optimizers[1].zero_grad(set_to_none)
+
+    def step(self, closure=None) -> None:
+        for parameter, matrix in self.matrices:
+            matrix.grad = None if parameter.grad is None else parameter.grad.reshape(matrix.shape)
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def state_dict(self) -> dict:
+        return {"muon": self.optimizers[0].state_dict(), "adamw": self.optimizers[1].state_dict()}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        self.optimizers[0].load_state_dict(state_dict["muon"])
+        self.optimizers[1].load_state_dict(state_dict["adamw"])

@@ -1,0 +1,150 @@
+"""The Trainer subclass: augmentation on the device, our optimizers, what a record needs to know."""
+
+import json
+import time
+from pathlib import Path
+
+import psutil
+import torch
+from torch import nn
+from transformers import (
+    EarlyStoppingCallback,
+    EvalPrediction,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .arguments import RecipeArguments
+from .augmentation import Augmentation
+from .data import ImageDataset, keep_batch, normalize
+from .optimizer import MuonWithAdamW, decayed_parameter_names, muon_parameter_names
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Share of images whose largest logit is at their label."""
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+class Clock(TrainerCallback, ExportableState):
+    """Wall time in seconds since the process started, plus that of the processes that a resumed run continues."""
+
+    def __init__(self, seconds_before: float = 0.0):
+        self.seconds_before = seconds_before
+
+    def seconds(self) -> float:
+        return self.seconds_before + time.time() - psutil.Process().create_time()
+
+    def state(self) -> dict:
+        return {"args": {"seconds_before": self.seconds()}, "attributes": {}}
+
+
+class ViTCifarTrainer(Trainer):
+    """Trainer over ImageDatasets.
+
+    Args:
+        image_mean, image_std: per channel, of pixels scaled to 0..1.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        recipe: RecipeArguments,
+        train_dataset: ImageDataset,
+        eval_dataset: ImageDataset,
+        image_mean: list[float],
+        image_std: list[float],
+    ):
+        callbacks = [Clock()]
+        if recipe.early_stopping_patience is not None:
+            callbacks.append(EarlyStoppingCallback(recipe.early_stopping_patience))
+        super().__init__(
+            model,
+            args,
+            data_collator=keep_batch,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            compute_metrics=accuracy,
+            callbacks=callbacks,
+        )
+        self.recipe, self.image_mean, self.image_std = recipe, image_mean, image_std
+        self.augmentation = Augmentation(
+            num_samples=len(train_dataset),
+            seed=args.seed,
+            flip=recipe.flip,
+            max_shift=recipe.max_shift,
+            shift_fill=recipe.shift_fill,
+            cutout_size=recipe.cutout_size,
+            fill=tuple(round(255 * value) for value in image_mean),
+        )
+
+    @property
+    def clock(self) -> Clock:
+        return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, Clock))
+
+    def _prepare_inputs(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        inputs = super()._prepare_inputs(inputs)
+        images, sample_index = inputs["pixel_values"], inputs.pop("sample_index")
+        if self.model.training:
+            images = self.augmentation(images, sample_index, epoch=int(self.state.epoch))
+        inputs["pixel_values"] = normalize(images, self.image_mean, self.image_std)
+        return inputs
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        return decayed_parameter_names(model)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        model, args = self.model if model is None else model, self.args
+        if self.optimizer is None and self.recipe.optimizer == "muon":
+            self.optimizer = MuonWithAdamW(
+                model,
+                lr=args.learning_rate,
+                muon_lr=self.recipe.muon_learning_rate,
+                weight_decay=args.weight_decay,
+                betas=(args.adam_beta1, args.adam_beta2),
+                eps=args.adam_epsilon,
+            )
+        elif self.optimizer is None and self.recipe.optimizer == "adam":
+            self.optimizer = torch.optim.Adam(
+                model.parameters(),
+                lr=args.learning_rate,
+                betas=(args.adam_beta1, args.adam_beta2),
+                eps=args.adam_epsilon,
+                weight_decay=args.weight_decay,
+            )
+        return super().create_optimizer(model)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: object) -> bool:
+        if round(self.state.epoch) < self.recipe.first_eligible_epoch:
+            return False
+        return super()._determine_best_metric(metrics, trial)
+
+
+def describe_parameters(model: nn.Module, recipe: RecipeArguments) -> str:
+    """Two lines for the log: what Muon trains, and what is decayed and what is not."""
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    by_muon = muon_parameter_names(model) if recipe.optimizer == "muon" else []
+    decayed = list(sizes) if recipe.optimizer == "adam" else decayed_parameter_names(model)
+    kept = [name for name in sizes if name not in decayed]
+    total = {key: sum(sizes[n] for n in names) for key, names in (("muon", by_muon), ("decay", decayed), ("kept", kept))}
+    return (
+        f"{sum(sizes.values()):,} parameters, {total['muon']:,} of them trained by Muon\n"
+        f"decayed: {total['decay']:,} in {len(decayed)} tensors; not decayed: {total['kept']:,} in {len(kept)} tensors "
+        "(biases, norms, class token, positions)"
+    )
+
+
+def newest_checkpoint(output_dir: str) -> str | None:
+    """The newest whole checkpoint: its trainer_state.json, which is written last, can be read."""
+    checkpoints = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    for folder in sorted(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        try:
+            json.loads((folder / "trainer_state.json").read_text())
+            return str(folder)
+        except (OSError, json.JSONDecodeError) as error:
+            print(f"{folder} is not whole and is passed over: {error}")
+    return None
