@@ -1,0 +1,46 @@
+"""Map + image -> picture. Batches of float tensors in 0..1 in, the same out."""
+
+import matplotlib
+import torch
+from torch.nn.functional import interpolate
+
+
+def upscale(attention_map: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """(B, h, w) -> (B, H, W): bilinear, then scaled so that each map's minimum is 0 and its maximum 1.
+
+    A map that is the same everywhere becomes 0.
+    """
+    resized = interpolate(attention_map[:, None].float(), size=size, mode="bilinear", align_corners=False)[:, 0]
+    low, high = resized.amin(dim=(1, 2), keepdim=True), resized.amax(dim=(1, 2), keepdim=True)
+    return (resized - low) / (high - low).clamp_min(torch.finfo(resized.dtype).tiny)
+
+
+def classic_overlay(attention_map: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """The tutorial's picture: the image darkened where the class token does not look.
+
+    Its six steps: last layer, class token's row over the patches, mean over heads (`cls_map` gives these three);
+    bilinear to the image's size; scaled to 0..1; times the image, times 2, clipped.
+
+    Args:
+        attention_map: (B, h, w). images: (B, 3, H, W), 0..1.
+
+    Returns: (B, 3, H, W), 0..1.
+    """
+    return (upscale(attention_map, images.shape[-2:])[:, None] * images * 2).clamp(0, 1)
+
+
+def colour_overlay(
+    attention_map: torch.Tensor, images: torch.Tensor, colormap: str = "viridis", alpha: float = 0.6
+) -> torch.Tensor:
+    """The map in colours, over the image: (1 - alpha) * image + alpha * colour.
+
+    Args:
+        attention_map: (B, h, w). images: (B, 3, H, W), 0..1.
+        colormap: any of matplotlib's; a perceptual one shows equal steps as equal.
+        alpha: 0 shows the image alone, 1 the map alone.
+
+    Returns: (B, 3, H, W), 0..1.
+    """
+    colours = matplotlib.colormaps[colormap](upscale(attention_map, images.shape[-2:]).cpu().numpy())  # (B, H, W, 4)
+    colours = torch.from_numpy(colours[..., :3]).to(images).permute(0, 3, 1, 2)
+    return (1 - alpha) * images + alpha * colours

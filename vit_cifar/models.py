@@ -1,0 +1,51 @@
+"""The one door for models from outside: a folder or a Hub id becomes a trained model, or one line that says why not."""
+
+from pathlib import Path
+
+from transformers import AutoConfig, ViTImageProcessor
+
+from .configuration_vit_cifar import ViTCifarConfig
+from .modeling_vit_cifar import ViTCifarForImageClassification
+
+BUNDLED_MODELS = Path(__file__).parents[1] / "hub_card" / "models"  # in a checkout and in a Space, not in a wheel
+DEFAULT_MODEL = "vit-cifar10-nano"
+
+
+class ModelError(ValueError):
+    """A model that cannot be loaded; the message is one line."""
+
+
+def load_model(
+    name: str | None = None, revision: str | None = None
+) -> tuple[ViTCifarForImageClassification, ViTImageProcessor]:
+    """(model in evaluation mode, its image processor).
+
+    Args:
+        name: a model folder or a Hub id; None for the model in the checkout.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        ModelError: there is no such model, it is of another type, or its weights are not all there: transformers
+            would fill what is missing with random numbers.
+    """
+    if name is None:
+        name = str(BUNDLED_MODELS / DEFAULT_MODEL)
+        if not Path(name).is_dir():
+            raise ModelError("model: expected a folder or a Hub id, got none, and this installation carries no model")
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision)
+        if not isinstance(config, ViTCifarConfig):
+            raise ModelError(f"model: expected type {ViTCifarConfig.model_type}, got {config.model_type} in {name}")
+        model, info = ViTCifarForImageClassification.from_pretrained(
+            name, revision=revision, output_loading_info=True, use_safetensors=True
+        )
+        processor = ViTImageProcessor.from_pretrained(name, revision=revision)
+    except ModelError:
+        raise
+    except Exception as error:  # a damaged file or a fault of the network can be of any type in the libraries below
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ModelError(f"model: expected a model folder or a Hub id, got {name!r}: {reason}") from error
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if found := info.get(problem):
+            raise ModelError(f"model: expected all weights of {name}, got {problem.replace('_', ' ')}: {sorted(found)}")
+    return model.eval(), processor
