@@ -55,7 +55,8 @@ def main(argv: list[str]) -> None:
     validation, test = (evaluate(model, processor, dataset) for dataset in (validation_set, test_set))
 
     state = trainer.state
-    steps = state.global_step - (int(checkpoint.rpartition("-")[2]) if checkpoint else 0)
+    resumed_from_step = int(checkpoint.rpartition("-")[2]) if checkpoint else None
+    steps = state.global_step - (resumed_from_step or 0)
     batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     kept_step = state.best_global_step if args.load_best_model_at_end and state.best_global_step else state.global_step
     arguments = vars(recipe) | args.to_dict()
@@ -83,6 +84,7 @@ def main(argv: list[str]) -> None:
         "epochs": records.epoch_log(state.log_history),
         "kept_epoch": round(kept_step / state.max_steps * state.num_train_epochs, 2),
         "epoch_selected_on": "validation" if recipe.validation_size else "test",
+        "resumed_from_step": resumed_from_step,  # the training loss of a resumed epoch is that of its second part
         "wall_time_seconds": round(wall_time, 1),
         "images_per_second": round(steps * batch_size / result.metrics["train_runtime"], 1),
         "validation_accuracy": validation.accuracy,

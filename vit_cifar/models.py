@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import AutoConfig, ViTImageProcessor
 
 from .configuration_vit_cifar import ViTCifarConfig
@@ -33,6 +34,8 @@ def load_model(
         if not Path(name).is_dir():
             raise ModelError("model: expected a folder or a Hub id, got none, and this installation carries no model")
     try:
+        if not Path(name).is_dir():
+            validate_repo_id(name)
         config = AutoConfig.from_pretrained(name, revision=revision)
         if not isinstance(config, ViTCifarConfig):
             raise ModelError(f"model: expected type {ViTCifarConfig.model_type}, got {config.model_type} in {name}")
@@ -42,6 +45,8 @@ def load_model(
         processor = ViTImageProcessor.from_pretrained(name, revision=revision)
     except ModelError:
         raise
+    except HFValidationError as error:
+        raise ModelError(f"model: expected a model folder or a Hub id, got {name!r}: no such folder") from error
     except Exception as error:  # a damaged file or a fault of the network can be of any type in the libraries below
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ModelError(f"model: expected a model folder or a Hub id, got {name!r}: {reason}") from error

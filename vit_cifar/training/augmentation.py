@@ -55,10 +55,9 @@ class Augmentation:
 
         span = 2 * self.max_shift + 1
         rows = torch.arange(height, device=device) + (down * span).long() - self.max_shift  # (B, H), where pixels come from
-        columns = torch.arange(width, device=device)
+        columns = torch.arange(width, device=device) + (right * span).long() - self.max_shift  # (B, W)
         if self.flip != "none":
-            columns = torch.where(flip < 0.5, columns.flip(0), columns)
-        columns = columns + (right * span).long() - self.max_shift  # (B, W)
+            columns = torch.where(flip < 0.5, width - 1 - columns, columns)
         inside = ((0 <= rows) & (rows < height))[:, None, :, None] & ((0 <= columns) & (columns < width))[:, None, None, :]
         rows, columns = _reflect(rows, height), _reflect(columns, width)
         images = images[

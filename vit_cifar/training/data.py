@@ -91,13 +91,13 @@ def load_split(
     try:
         rows = datasets.load_dataset(source)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise DataError(f"dataset_name: expected a dataset on the Hub or a folder, got {source!r}: {reason[0]}") from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if "corresponds to no data" in reason:  # what `datasets` says of a split without rows
+            raise DataError(f"{dataset_name}: expected rows in every split, got an empty split: {reason}") from error
+        raise DataError(f"dataset_name: expected a dataset on the Hub or a folder, got {source!r}: {reason}") from error
     if split not in rows:
         raise DataError(f"split: expected one of {', '.join(rows)} in {dataset_name}, got {split!r}")
     rows = rows[split]
-    if len(rows) == 0:
-        raise DataError(f"{dataset_name}: expected rows in split {split!r}, got an empty split")
     image_column = _find_column(rows, image_column, datasets.Image, "image_column", split)
     label_column = _find_column(rows, label_column, datasets.ClassLabel, "label_column", split)
 

@@ -1,0 +1,44 @@
+"""What tests share: model folders, one finished smoke training, the real dataset where it is at hand."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import run, skip_or_fail
+from transformers import ViTImageProcessor
+
+from vit_cifar import ViTCifarConfig, ViTCifarForImageClassification
+from vit_cifar.training.data import CIFAR10_MEAN, CIFAR10_STD
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with random weights: for what does not depend on a trained model."""
+    torch.manual_seed(0)
+    config = ViTCifarConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+    folder = tmp_path_factory.mktemp("tiny")
+    ViTCifarForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessor(
+        size={"height": 32, "width": 32}, image_mean=CIFAR10_MEAN, image_std=CIFAR10_STD, resample=3, do_convert_rgb=True
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smoke_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `train.py --recipe smoke` leaves behind."""
+    folder = tmp_path_factory.mktemp("smoke") / "run"
+    finished = run(sys.executable, "train.py", "--recipe", "smoke", "--output_dir", folder)
+    assert finished.returncode == 0, finished.stderr
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cifar10() -> str:
+    """The real dataset: a local folder named by CIFAR10_DATASET."""
+    folder = os.environ.get("CIFAR10_DATASET", "")
+    if not Path(folder).is_dir() or not folder:
+        skip_or_fail("CIFAR10_DATASET names no folder with the real dataset")
+    return folder

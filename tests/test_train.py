@@ -1,0 +1,188 @@
+"""train.py as its users run it: in a process of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT, run
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from vit_cifar.evaluation.metrics import evaluate
+from vit_cifar.evaluation.records import read_record, weights_sha256
+from vit_cifar.training.data import load_split, split_off_validation
+
+
+def train(*arguments, **environment):
+    return run(sys.executable, "train.py", *arguments, **environment)
+
+
+def test_the_folder_loads_and_scores_what_its_record_says(smoke_folder):
+    model = AutoModelForImageClassification.from_pretrained(smoke_folder)
+    processor = AutoImageProcessor.from_pretrained(smoke_folder)
+    record = read_record(smoke_folder)
+    _, validation = split_off_validation(load_split("sample", "train"), 50, seed=0)
+    for name, dataset in (("test", load_split("sample", "test")), ("validation", validation)):
+        result = evaluate(model, processor, dataset)
+        assert result.accuracy == record[f"{name}_accuracy"]
+        assert result.loss == pytest.approx(record[f"{name}_loss"], abs=1e-5)
+    assert record["test_accuracy"] > 0.15  # ten classes: it has learned something
+
+
+def test_the_record_is_whole(smoke_folder):
+    record = read_record(smoke_folder)
+    assert record["command"].startswith("python train.py --recipe smoke --output_dir ")
+    assert record["arguments"]["optimizer"] == "muon"
+    assert record["arguments"]["per_device_train_batch_size"] == 25
+    assert record["dataset"]["images"] == {"train": 250, "validation": 50, "test": 200}
+    assert [row["epoch"] for row in record["epochs"]] == list(range(1, 11))
+    for row in record["epochs"]:
+        assert set(row) == {"epoch", "training_loss", "validation_loss", "validation_accuracy"}
+    assert record["epochs"][-1]["training_loss"] < record["epochs"][0]["training_loss"]
+    assert record["kept_epoch"] == 10
+    assert record["wall_time_seconds"] > 0 and record["images_per_second"] > 0
+    assert record["weights_sha256"] == weights_sha256(smoke_folder)
+    assert {"torch", "transformers", "python"} <= set(record["versions"])
+    assert record["hardware"]["cores"] == os.cpu_count()
+    assert len(record["git_commit"].removesuffix("+changes")) == 40
+
+
+def test_the_folder_holds_no_pickle_and_a_picture(smoke_folder):
+    names = {path.name for path in smoke_folder.iterdir() if path.is_file()}
+    assert names == {
+        *("config.json", "model.safetensors", "preprocessor_config.json", "training_record.json", "loss_curve.png"),
+        *("configuration_vit_cifar.py", "modeling_vit_cifar.py"),
+    }
+    assert (smoke_folder / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_folder_works_by_remote_code_alone(smoke_folder, tmp_path):
+    """In a process that cannot import the package."""
+    script = """
+import sys
+sys.modules["vit_cifar"] = None  # any import of it fails
+import torch
+from transformers import AutoImageProcessor, pipeline, AutoModelForImageClassification
+model = AutoModelForImageClassification.from_pretrained(sys.argv[1], trust_remote_code=True)
+attentions = model(torch.zeros(1, 3, 32, 32), output_attentions=True).attentions
+print(len(attentions), tuple(attentions[0].shape), model.config.id2label[3])
+"""
+    finished = subprocess.run(
+        [sys.executable, "-c", script, str(smoke_folder)],
+        cwd=tmp_path,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.strip() == "2 (1, 2, 65, 65) cat"
+
+
+def test_killed_in_the_middle_of_an_epoch_and_resumed_ends_with_the_same_weights(smoke_folder, tmp_path):
+    folder = tmp_path / "run"
+    command = [sys.executable, "train.py", "--recipe", "smoke", "--output_dir", str(folder)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 300
+    # An epoch has 10 steps and a checkpoint is written every 5: 15 lies in the middle of the second one.
+    while not (folder / "checkpoint-15" / "trainer_state.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL  # it had not ended by itself
+    assert not (folder / "model.safetensors").exists()
+
+    resumed = train("--recipe", "smoke", "--output_dir", folder, "--resume_from_checkpoint")
+    assert resumed.returncode == 0, resumed.stderr
+    unbroken = load_file(smoke_folder / "model.safetensors")
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        assert torch.equal(tensor, unbroken[name]), name
+    first, second = read_record(smoke_folder), read_record(folder)
+    for name in ("validation_loss", "validation_accuracy"):
+        assert [row[name] for row in first["epochs"]] == [row[name] for row in second["epochs"]]
+    assert first["resumed_from_step"] is None
+    assert second["resumed_from_step"] >= 15
+
+
+def test_resume_from_the_middle_of_an_epoch_by_name(smoke_folder, tmp_path):
+    folder = tmp_path / "run"
+    first = train("--recipe", "smoke", "--output_dir", folder, "--save_total_limit", "100")
+    assert first.returncode == 0, first.stderr
+    checkpoint = folder / "checkpoint-45"
+    again = train("--recipe", "smoke", "--output_dir", tmp_path / "again", "--resume_from_checkpoint", checkpoint)
+    assert again.returncode == 0, again.stderr
+    assert weights_sha256(tmp_path / "again") == weights_sha256(folder) == weights_sha256(smoke_folder)
+
+
+def test_a_cut_newest_checkpoint_is_passed_over(smoke_folder, tmp_path):
+    folder = tmp_path / "run"
+    assert train("--recipe", "smoke", "--output_dir", folder).returncode == 0
+    (folder / "model.safetensors").unlink()
+    (folder / "checkpoint-100" / "trainer_state.json").write_text('{"epoch": 10.0, "glo')
+    resumed = train("--recipe", "smoke", "--output_dir", folder, "--resume_from_checkpoint")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "checkpoint-100 is not whole" in resumed.stdout
+    assert weights_sha256(folder) == weights_sha256(smoke_folder)
+
+
+def test_a_finished_training_is_not_overwritten(smoke_folder):
+    before = {path: path.stat().st_mtime_ns for path in smoke_folder.rglob("*")}
+    refused = train("--recipe", "smoke", "--output_dir", smoke_folder)
+    assert refused.returncode == 2
+    assert "output_dir: expected a folder without a training" in refused.stderr.splitlines()[-1]
+    assert before == {path: path.stat().st_mtime_ns for path in smoke_folder.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset_name", "no/such/folder"], "dataset_name: expected a dataset on the Hub or a folder"),
+        (["--image_column", "picture"], "image_column: expected a column of split 'train'"),
+        (["--validation_size", "5000"], "validation_size: expected 10 (one image a class) to 299, got 5000"),
+        (["--config_overrides", "hidden_size=33"], "num_attention_heads: expected a divisor of hidden_size 33, got 2"),
+        (["--config_overrides", "hiden_size=33"], "hiden_size: expected a field of ViTCifarConfig"),
+        (["--config_overrides", "hidden_size=wide"], "Field 'hidden_size' expected int, got str"),
+        (["--attn_implementation", "magic"], "magic"),
+        (["--resume_from_checkpoint"], "resume_from_checkpoint: expected a whole checkpoint"),
+    ],
+)
+def test_wrong_arguments_end_with_one_line_and_write_nothing(tmp_path, arguments, message):
+    refused = train("--recipe", "smoke", "--output_dir", tmp_path / "run", *arguments)
+    assert refused.returncode == 2
+    assert message in refused.stderr.splitlines()[-1]
+    assert "Traceback" not in refused.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_early_stopping_best_model_and_tensorboard(tmp_path):
+    folder = tmp_path / "run"
+    finished = train(
+        *("--recipe", "smoke", "--output_dir", folder, "--save_strategy", "epoch", "--load_best_model_at_end"),
+        *("--metric_for_best_model", "accuracy", "--early_stopping_patience", "1", "--learning_rate", "0"),
+        *("--muon_learning_rate", "0", "--report_to", "tensorboard"),
+        TENSORBOARD_LOGGING_DIR=str(folder / "logs"),
+    )
+    assert finished.returncode == 0, finished.stderr
+    record = read_record(folder)
+    # Nothing is learned but the running mean and variance of the stem's norms: an epoch without a better one comes soon.
+    assert len(record["epochs"]) < 10
+    accuracies = [row["validation_accuracy"] for row in record["epochs"]]
+    assert accuracies[round(record["kept_epoch"]) - 1] == max(accuracies)
+    assert list(Path(folder).rglob("events.out.tfevents*"))
+
+
+def test_adamw_and_no_augmentation_are_one_argument_away(tmp_path):
+    finished = train(
+        *("--recipe", "smoke", "--output_dir", tmp_path / "run", "--optimizer", "trainer", "--num_train_epochs", "1"),
+        *("--flip", "none", "--max_shift", "0", "--cutout_size", "0"),
+    )
+    assert finished.returncode == 0, finished.stderr
+    arguments = json.loads((tmp_path / "run" / "training_record.json").read_text())["arguments"]
+    assert (arguments["optimizer"], arguments["optim"]) == ("trainer", "adamw_torch_fused")

@@ -1,0 +1,115 @@
+import re
+
+import pytest
+import torch
+
+from vit_cifar import ViTCifarConfig
+from vit_cifar.training.arguments import machine_supports_bf16, parse_arguments, recipe_names
+
+
+def parse(*argv):
+    return parse_arguments([str(word) for word in argv])[:2]
+
+
+def refusal(capsys, *argv) -> str:
+    """The one line that a wrong command ends with, usage apart."""
+    with pytest.raises(SystemExit) as stopped:
+        parse(*argv)
+    assert stopped.value.code == 2
+    usage, error = capsys.readouterr().err.strip().splitlines()
+    assert usage.startswith("usage: ")
+    return error.removeprefix("train.py: error: ")
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_shipped_recipe_parses_to_a_model(name, tmp_path):
+    recipe, args = parse("--recipe", name, "--output_dir", tmp_path)
+    assert ViTCifarConfig(**recipe.model).hidden_size == recipe.model["hidden_size"]
+    assert args.num_train_epochs >= 1
+
+
+def test_the_command_line_overrides_the_recipe_and_the_recipe_the_defaults(tmp_path):
+    recipe, args = parse("--recipe", "nano", "--output_dir", tmp_path)
+    assert (recipe.optimizer, args.per_device_train_batch_size, args.weight_decay) == ("muon", 128, 0.05)
+    recipe, args = parse(
+        *("--recipe", "nano", "--output_dir", tmp_path, "--weight_decay", "0.5", "--optimizer", "trainer"),
+        *("--config_overrides", "hidden_size=64,drop_path_rate=0.1,qkv_bias=false"),
+    )
+    assert (recipe.optimizer, args.per_device_train_batch_size, args.weight_decay) == ("trainer", 128, 0.5)
+    assert (recipe.model["hidden_size"], recipe.model["drop_path_rate"], recipe.model["qkv_bias"]) == (64, 0.1, False)
+    assert recipe.model["patch_embedding"] == "conv_stem"
+
+
+def test_a_recipe_can_be_a_file_and_numbers_may_be_written_as_1e_3(tmp_path):
+    (tmp_path / "mine.yaml").write_text("learning_rate: 1e-3\nmodel:\n  hidden_size: 48\n")
+    recipe, args = parse("--recipe", tmp_path / "mine.yaml", "--output_dir", tmp_path)
+    assert args.learning_rate == 1e-3
+    assert recipe.model == {"hidden_size": 48}
+
+
+def test_number_format_is_the_machines_and_can_be_overridden(tmp_path):
+    assert parse("--recipe", "nano", "--output_dir", tmp_path)[1].bf16 == machine_supports_bf16()
+    assert not parse("--recipe", "nano", "--output_dir", tmp_path, "--bf16", "false")[1].bf16
+    assert not parse("--recipe", "tutorial_pe", "--output_dir", tmp_path)[1].bf16  # float32, as the tutorial
+
+
+def test_a_machine_without_bf16_units_trains_in_float32(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert not parse("--recipe", "nano", "--output_dir", tmp_path)[1].bf16
+
+
+def test_tutorial_recipes_are_the_tutorials(tmp_path):
+    for name, embedding, position in (
+        ("basic", "linear", "learned"),
+        ("pe", "linear", "sinusoidal"),
+        ("pe_conv", "conv", "sinusoidal"),
+    ):
+        recipe, args = parse("--recipe", f"tutorial_{name}", "--output_dir", tmp_path)
+        config = ViTCifarConfig(**recipe.model)
+        assert (config.patch_embedding, config.position_embedding) == (embedding, position)
+        assert not config.attention_output_projection
+        assert (recipe.optimizer, args.learning_rate, args.weight_decay, args.max_grad_norm) == ("adam", 1e-3, 5e-5, 0)
+        assert (args.lr_scheduler_type, args.per_device_train_batch_size, args.num_train_epochs) == ("constant", 256, 50)
+        assert (recipe.flip, recipe.max_shift, recipe.shift_fill, recipe.cutout_size) == ("random", 4, "zeros", 0)
+        assert (recipe.validation_size, recipe.first_eligible_epoch, args.metric_for_best_model) == (0, 12, "loss")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--output_dir", "x"], "the following arguments are required: --recipe"),
+        (["--recipe", "nano"], "output_dir: expected a folder for the trained model, got none"),
+        (["--recipe", "nanu", "--output_dir", "x"], "recipe: expected one of nano, smoke, .* got 'nanu'"),
+        (["--recipe", "nano", "--output_dir", "x", "--push_to_hub"], "push_to_hub: .*`vit-cifar publish`"),
+        (["--recipe", "nano", "--output_dir", "x", "--config_overrides", "64"], "config_overrides: expected field=value"),
+        (["--recipe", "nano", "--output_dir", "x", "--flip", "up"], "argument --flip: invalid choice: 'up'"),
+        (["--recipe", "nano", "--output_dir", "x", "--nonsense", "1"], ".*--nonsense"),
+    ],
+)
+def test_wrong_commands_end_with_one_line(capsys, argv, message):
+    assert re.match(message, refusal(capsys, *argv))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learnign_rate: 1", "recipe: expected names of arguments .* got learnign_rate"),
+        ("- a list", "recipe: expected arguments as `name: value` in .* got list"),
+        ("a: [", "recipe: expected a YAML file"),
+    ],
+)
+def test_wrong_recipe_files_end_with_one_line(capsys, tmp_path, text, message):
+    (tmp_path / "wrong.yaml").write_text(text)
+    error = refusal(capsys, "--recipe", tmp_path / "wrong.yaml", "--output_dir", tmp_path)
+    assert re.match(message, error)
+
+
+def test_help_puts_our_arguments_first(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse("--help")
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert text.index("--dataset_name") < text.index("--per_device_train_batch_size")
+    assert "shipped recipes: nano, smoke, tutorial_basic" in text

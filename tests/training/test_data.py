@@ -1,0 +1,193 @@
+import io
+import os
+
+import datasets
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.v2 import functional as F
+from transformers import ViTImageProcessor
+
+from vit_cifar.training import data
+from vit_cifar.training.data import CIFAR10_MEAN, CIFAR10_STD, DataError, ImageDataset, load_split, split_off_validation
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "vit_cifar"
+
+
+def picture(seed: int, size=(32, 32), mode="RGB") -> bytes:
+    pixels = torch.randint(0, 256, (3, *size), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    buffer = io.BytesIO()
+    F.to_pil_image(pixels).convert(mode).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def folder_of(tmp_path, images, labels, label_feature=None, split="train", **columns) -> str:
+    label_feature = label_feature or datasets.ClassLabel(names=["cat", "dog"])
+    features = {"img": datasets.Image(), "label": label_feature}
+    features |= {name: datasets.Image() for name in columns}
+    table = {"img": [{"bytes": image, "path": None} for image in images], "label": labels}
+    table |= {name: [{"bytes": image, "path": None} for image in images] for name in columns}
+    (tmp_path / "rows").mkdir(exist_ok=True)
+    rows = datasets.Dataset.from_dict(table, features=datasets.Features(features))
+    rows.to_parquet(tmp_path / "rows" / f"{split}.parquet")
+    return str(tmp_path / "rows")
+
+
+def test_tensors_equal_decoding_each_image(tmp_path):
+    images = [picture(seed) for seed in range(6)]
+    dataset = load_split(folder_of(tmp_path, images, [0, 1, 0, 1, 1, 0]), "train")
+    for row, image in enumerate(images):
+        assert torch.equal(dataset.images[row], F.pil_to_tensor(Image.open(io.BytesIO(image))))
+    assert dataset.labels.tolist() == [0, 1, 0, 1, 1, 0]
+    assert dataset.classes == ["cat", "dog"]
+
+
+def test_second_load_reads_the_cache_and_decodes_nothing(tmp_path, monkeypatch, own_cache):
+    folder = folder_of(tmp_path, [picture(seed) for seed in range(4)], [0, 1, 0, 1])
+    first = load_split(folder, "train")
+    monkeypatch.setattr(data, "_images", lambda *_: pytest.fail("decoded again"))
+    second = load_split(folder, "train")
+    assert torch.equal(first.images, second.images)
+    assert torch.equal(first.labels, second.labels)
+    assert (first.classes, first.fingerprint) == (second.classes, second.fingerprint)
+    assert len(list(own_cache.iterdir())) == 1  # nothing half written is left
+
+
+def test_other_rows_have_another_cache(tmp_path):
+    first = load_split(folder_of(tmp_path, [picture(1), picture(2)], [0, 1]), "train")
+    (tmp_path / "second").mkdir()
+    second = load_split(folder_of(tmp_path / "second", [picture(3), picture(4)], [0, 1]), "train")
+    assert not torch.equal(first.images, second.images)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "text"])
+def test_damaged_cache_is_made_again(tmp_path, own_cache, damage):
+    folder = folder_of(tmp_path, [picture(1), picture(2)], [0, 1])
+    first = load_split(folder, "train")
+    (path,) = own_cache.iterdir()
+    content = path.read_bytes()
+    path.write_bytes({"cut": content[:-100], "empty": b"", "text": b"no tensors"}[damage])
+    assert torch.equal(load_split(folder, "train").images, first.images)
+    assert path.read_bytes() == content
+
+
+def test_unwritable_cache_is_said_and_does_not_stop(tmp_path, own_cache, capsys):
+    own_cache.parent.write_text("a file where the folder should be")
+    dataset = load_split(folder_of(tmp_path, [picture(1), picture(2)], [0, 1]), "train")
+    assert len(dataset) == 2
+    assert "not cached" in capsys.readouterr().out
+
+
+def test_normalize_equals_the_image_processor():
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    processor = ViTImageProcessor(
+        size={"height": 32, "width": 32}, image_mean=CIFAR10_MEAN, image_std=CIFAR10_STD, resample=3
+    )
+    pixels = processor([F.to_pil_image(image) for image in images], return_tensors="pt").pixel_values
+    torch.testing.assert_close(data.normalize(images, CIFAR10_MEAN, CIFAR10_STD), pixels, atol=1e-6, rtol=0)
+
+
+def test_grey_images_become_rgb_and_other_sizes_are_resized(tmp_path):
+    dataset = load_split(folder_of(tmp_path, [picture(1, mode="L"), picture(2, size=(48, 64))], [0, 1]), "train")
+    assert dataset.images.shape == (2, 3, 32, 32)
+    assert torch.equal(dataset.images[0, 0], dataset.images[0, 2])
+
+
+def test_batches_are_indexing():
+    dataset = ImageDataset(torch.arange(5 * 3 * 4).view(5, 3, 2, 2).byte(), torch.arange(5), list("abcde"), "x")
+    batch = dataset.__getitems__([3, 0, 3])
+    assert torch.equal(batch["pixel_values"], dataset.images[[3, 0, 3]])
+    assert batch["labels"].tolist() == batch["sample_index"].tolist() == [3, 0, 3]
+    assert torch.equal(dataset[4]["pixel_values"], dataset.images[4])
+
+
+def labelled(labels: torch.Tensor) -> ImageDataset:
+    images = torch.arange(len(labels), dtype=torch.int32).view(torch.uint8).view(-1, 1, 2, 2)
+    return ImageDataset(images, labels, [str(i) for i in range(int(labels.max()) + 1)], "x")
+
+
+def test_validation_is_stratified_seeded_and_disjoint():
+    dataset = labelled(torch.arange(10).repeat(100))
+    rest, validation = split_off_validation(dataset, 100, seed=0)
+    assert validation.labels.bincount().tolist() == [10] * 10
+    assert rest.labels.bincount().tolist() == [90] * 10
+    both = torch.cat([rest.images, validation.images]).flatten(1).unique(dim=0)
+    assert len(both) == 1000  # every image is in one of the two
+    assert torch.equal(split_off_validation(dataset, 100, seed=0)[1].images, validation.images)
+    assert not torch.equal(split_off_validation(dataset, 100, seed=1)[1].images, validation.images)
+
+
+@pytest.mark.parametrize("size", [0, 9, 1000, 2000])
+def test_impossible_validation_sizes_are_refused(size):
+    with pytest.raises(DataError, match=f"validation_size: expected 10 .* to 999, got {size}"):
+        split_off_validation(labelled(torch.arange(10).repeat(100)), size, seed=0)
+
+
+def test_undecodable_row_is_named(tmp_path):
+    folder = folder_of(tmp_path, [picture(1), b"not an image", picture(2)], [0, 1, 0])
+    with pytest.raises(DataError, match="split 'train', row 1, column 'img': expected an image, got 12 bytes"):
+        load_split(folder, "train")
+
+
+def test_row_without_image_is_named(tmp_path):
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["a"])})
+    (tmp_path / "rows").mkdir()
+    table = {"img": [{"bytes": picture(1), "path": None}, None], "label": [0, 0]}
+    datasets.Dataset.from_dict(table, features=features).to_parquet(tmp_path / "rows" / "train.parquet")
+    with pytest.raises(DataError, match="split 'train', row 1, column 'img': expected an image, got none"):
+        load_split(str(tmp_path / "rows"), "train")
+
+
+@pytest.mark.parametrize(
+    ("labels", "feature", "message"),
+    [
+        ([0, None, 1], None, "row 1, column 'label': expected a label, got none"),
+        ([0, 1, -1], None, "row 2, column 'label': expected a label from 0 to 1, got -1"),
+        ([0, -1, 1], datasets.Value("int64"), "row 1, column 'label': expected a label from 0 to 1, got -1"),
+    ],
+)
+def test_wrong_labels_are_named(tmp_path, labels, feature, message):
+    folder = folder_of(tmp_path, [picture(seed) for seed in range(3)], labels, feature)
+    with pytest.raises(DataError, match=message):
+        load_split(folder, "train", label_column="label")
+
+
+def test_label_outside_the_classes_is_named(tmp_path):
+    folder = folder_of(tmp_path, [picture(1), picture(2)], [0, 7], datasets.Value("int64"))
+    rows = datasets.load_dataset(folder)["train"]
+    assert data._labels(rows, "label", "train")[1] == [str(i) for i in range(8)]  # whole numbers name themselves
+    rows = rows.cast_column("label", datasets.ClassLabel(num_classes=8))
+    rows.info.features["label"] = datasets.ClassLabel(names=["a", "b"])  # a file that disagrees with its own schema
+    with pytest.raises(DataError, match="row 1, column 'label': expected a label from 0 to 1, got 7"):
+        data._labels(rows, "label", "train")
+
+
+def test_columns_splits_and_datasets_that_are_not_there(tmp_path):
+    folder = folder_of(tmp_path, [picture(1)], [0], other=None)
+    with pytest.raises(DataError, match="split: expected one of train .*, got 'test'"):
+        load_split(folder, "test")
+    with pytest.raises(DataError, match=r"image_column: expected a column of split 'train' \(.*img.*\), got 'picture'"):
+        load_split(folder, "train", image_column="picture")
+    with pytest.raises(DataError, match="image_column: expected one column of type Image .* got img, other"):
+        load_split(folder, "train")
+    with pytest.raises(DataError, match="image_column: expected a column of type Image, got 'label'"):
+        load_split(folder, "train", image_column="label")
+    with pytest.raises(DataError, match="dataset_name: expected a dataset on the Hub or a folder"):
+        load_split(str(tmp_path / "nowhere"), "train")
+    assert len(load_split(folder, "train", image_column="other")) == 1
+
+
+def test_empty_split_is_named(tmp_path):
+    folder = folder_of(tmp_path, [], [])
+    with pytest.raises(DataError, match="expected rows in every split, got an empty split: .*train"):
+        load_split(folder, "train")
+
+
+def test_the_sample_in_the_package_needs_no_network(monkeypatch):
+    monkeypatch.setitem(os.environ, "HF_HUB_OFFLINE", "1")
+    sample = load_split("sample", "test")
+    assert sample.labels.bincount().tolist() == [20] * 10

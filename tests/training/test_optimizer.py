@@ -1,0 +1,101 @@
+import copy
+
+import pytest
+import torch
+
+from vit_cifar import ViTCifarConfig, ViTCifarForImageClassification
+from vit_cifar.training.optimizer import MuonWithAdamW, decayed_parameter_names, muon_parameter_names
+
+
+def build() -> ViTCifarForImageClassification:
+    torch.manual_seed(0)
+    return ViTCifarForImageClassification(
+        ViTCifarConfig(
+            patch_embedding="conv_stem", hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
+        )
+    )
+
+
+def train(model, optimizer, steps=3):
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        loss = model(torch.randn(4, 3, 32, 32, generator=generator), labels=torch.arange(4)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert all(p.grad is None for p in model.parameters())
+
+
+def test_every_parameter_is_in_one_place():
+    model = build()
+    optimizer = MuonWithAdamW(model, lr=1e-3, muon_lr=0.02, weight_decay=0.1)
+    memory = [p.data_ptr() for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(memory) == sorted(p.data_ptr() for p in model.parameters())
+
+
+def test_what_is_decayed_and_what_muon_trains():
+    names = [name for name, _ in build().named_parameters()]
+    decayed, by_muon = decayed_parameter_names(build()), muon_parameter_names(build())
+    for name in names:
+        vector = name.endswith((".bias", "cls_token", "position_embeddings")) or "norm" in name
+        stem_norm = "projection" in name and build().get_parameter(name).ndim == 1
+        assert (name in decayed) == (not (vector or stem_norm)), name
+    assert "classifier.weight" in decayed
+    assert set(by_muon) == set(decayed) - {"classifier.weight"}
+
+
+@pytest.mark.parametrize("embedding", ["linear", "conv"])
+def test_a_plain_patch_embedding_is_not_for_muon(embedding):
+    model = ViTCifarForImageClassification(ViTCifarConfig(patch_embedding=embedding, num_hidden_layers=1))
+    assert all(".layers." in name for name in muon_parameter_names(model))
+
+
+def test_equals_the_two_optimizers_by_hand():
+    model, twin = build(), build()
+    train(model, MuonWithAdamW(model, lr=1e-3, muon_lr=0.02, weight_decay=0.1))
+
+    by_muon, decayed = muon_parameter_names(twin), decayed_parameter_names(twin)
+    others = {name: p for name, p in twin.named_parameters() if name not in by_muon}
+    adamw = torch.optim.AdamW(
+        [
+            {"params": [p for name, p in others.items() if name in decayed], "weight_decay": 0.1},
+            {"params": [p for name, p in others.items() if name not in decayed], "weight_decay": 0.0},
+        ],
+        lr=1e-3,
+    )
+    flat = {name: torch.nn.Parameter(twin.get_parameter(name).detach().flatten(1).clone()) for name in by_muon}
+    muon = torch.optim.Muon(flat.values(), lr=0.02, weight_decay=0.1)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        twin(torch.randn(4, 3, 32, 32, generator=generator), labels=torch.arange(4)).loss.backward()
+        for name, matrix in flat.items():
+            matrix.grad = twin.get_parameter(name).grad.flatten(1)
+        muon.step()
+        adamw.step()
+        with torch.no_grad():
+            for name, matrix in flat.items():
+                twin.get_parameter(name).copy_(matrix.view_as(twin.get_parameter(name)))
+        twin.zero_grad()
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+def test_a_loaded_state_goes_on_as_if_unbroken():
+    model = build()
+    optimizer = MuonWithAdamW(model, lr=1e-3, muon_lr=0.02, weight_decay=0.1)
+    train(model, optimizer)
+    twin = copy.deepcopy(model)
+    resumed = MuonWithAdamW(twin, lr=1.0, muon_lr=1.0, weight_decay=0.0)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(model, optimizer)
+    train(twin, resumed)
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+def test_a_scheduler_scales_both():
+    optimizer = MuonWithAdamW(build(), lr=1e-3, muon_lr=0.02, weight_decay=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    optimizer.step()
+    scheduler.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [0.01, 5e-4, 5e-4]

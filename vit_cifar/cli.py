@@ -1,0 +1,91 @@
+"""`vit-cifar …` = `python -m vit_cifar …`. A user's error is one line on stderr and exit code 2."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="Classify images with a ViT-CIFAR model, and measure it.",
+)
+
+ModelOption = Annotated[
+    str | None, typer.Option("--model", help="Model folder or Hub id; left out, the one in the checkout.")
+]
+
+
+@app.callback()
+def _commands() -> None:
+    """Makes each function below a command of its own."""
+
+
+@app.command()
+def predict(
+    images: Annotated[list[Path], typer.Argument(help="Image files of any size.", show_default=False)],
+    model: ModelOption = None,
+    top: Annotated[int, typer.Option(min=1, help="How many classes to print.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list for programs.")] = False,
+) -> None:
+    """Print the likeliest classes of each image, in percent."""
+    from transformers import pipeline
+
+    from .images import open_image
+    from .models import load_model
+
+    opened = [open_image(path) for path in images]  # all of them before any work: an error leaves nothing half done
+    network, processor = load_model(model)
+    classify = pipeline("image-classification", model=network, image_processor=processor)
+    answers = classify(opened, top_k=min(top, network.config.num_labels))
+    if as_json:
+        rows = [{"image": str(path), "predictions": answer} for path, answer in zip(images, answers, strict=True)]
+        print(json.dumps(rows, indent=2))
+        return
+    for path, answer in zip(images, answers, strict=True):
+        print(f"{path}: " + ", ".join(f"{row['label']} {row['score']:.1%}" for row in answer))
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str | None, typer.Argument(help="Model folder or Hub id; left out, the one in the checkout.")] = None,
+    dataset_name: Annotated[
+        str | None, typer.Option("--dataset_name", "--dataset-name", help="Hub id, local folder, or `sample`.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="The split to measure on.")] = "test",
+    image_column: Annotated[str | None, typer.Option("--image_column", "--image-column")] = None,
+    label_column: Annotated[str | None, typer.Option("--label_column", "--label-column")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for programs.")] = False,
+) -> None:
+    """Print a model's accuracy on a split, in all and for each class."""
+    from .evaluation.metrics import evaluate as measure
+    from .models import load_model
+    from .training.data import CIFAR10_NAME, load_split
+
+    network, processor = load_model(model)
+    dataset = load_split(dataset_name or CIFAR10_NAME, split, network.config.image_size, image_column, label_column)
+    result = measure(network, processor, dataset)
+    if as_json:
+        numbers = {"accuracy": result.accuracy, "loss": result.loss, "per_class": result.per_class}
+        print(json.dumps({"images": len(dataset)} | numbers, indent=2))
+        return
+    print(f"accuracy {result.accuracy:.2%} on {len(dataset):,} images, loss {result.loss:.4f} nats")
+    for name, value in result.per_class.items():
+        print(f"  {name:<12} {value:7.2%}")
+
+
+def main() -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # of loading a small file; decoding keeps its own
+    logging.set_verbosity_error()
+    try:
+        app()
+    except ValueError as error:  # ImageError, ModelError, DataError: each a line for the user
+        if type(error) is ValueError:
+            raise
+        print(f"vit-cifar: {error}", file=sys.stderr)
+        sys.exit(2)
