@@ -1,7 +1,7 @@
 """A recipe and Trainer arguments -> a trained model folder with its record.
 
-    python train.py --recipe nano --output_dir runs/nano
-    python train.py --help
+python train.py --recipe nano --output_dir runs/nano
+python train.py --help
 """
 
 import shlex
@@ -123,7 +123,9 @@ def find_checkpoint(args: TrainingArguments) -> str | None:
         return None
     checkpoint = newest_checkpoint(args.output_dir) if wanted == "last" else wanted
     if checkpoint is None or not Path(checkpoint).is_dir():
-        raise ValueError(f"resume_from_checkpoint: expected a whole checkpoint in {output_dir}, got {checkpoint or 'none'}")
+        raise ValueError(
+            f"resume_from_checkpoint: expected a whole checkpoint in {output_dir}, got {checkpoint or 'none'}"
+        )
     return checkpoint
 
 

@@ -21,7 +21,11 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     ViTCifarForImageClassification(config).save_pretrained(folder)
     ViTImageProcessor(
-        size={"height": 32, "width": 32}, image_mean=CIFAR10_MEAN, image_std=CIFAR10_STD, resample=3, do_convert_rgb=True
+        size={"height": 32, "width": 32},
+        image_mean=CIFAR10_MEAN,
+        image_std=CIFAR10_STD,
+        resample=3,
+        do_convert_rgb=True,
     ).save_pretrained(folder)
     return folder
 

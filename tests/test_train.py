@@ -89,7 +89,11 @@ def test_killed_in_the_middle_of_an_epoch_and_resumed_ends_with_the_same_weights
     folder = tmp_path / "run"
     command = [sys.executable, "train.py", "--recipe", "smoke", "--output_dir", str(folder)]
     process = subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command,
+        cwd=ROOT,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 300
     # An epoch has 10 steps and a checkpoint is written every 5: 15 lies in the middle of the second one.
@@ -186,3 +190,20 @@ def test_adamw_and_no_augmentation_are_one_argument_away(tmp_path):
     assert finished.returncode == 0, finished.stderr
     arguments = json.loads((tmp_path / "run" / "training_record.json").read_text())["arguments"]
     assert (arguments["optimizer"], arguments["optim"]) == ("trainer", "adamw_torch_fused")
+
+
+@pytest.mark.slow
+def test_nano_starts_on_the_real_dataset_and_the_second_start_decodes_nothing(cifar10, tmp_path):
+    cache = {"HF_HOME": str(tmp_path / "home")}
+    command = ["--recipe", "nano", "--dataset_name", cifar10, "--max_steps", "20", "--eval_strategy", "no"]
+    command += ["--save_strategy", "no", "--load_best_model_at_end", "false", "--output_dir"]
+    first = train(*command, tmp_path / "first", **cache)
+    assert first.returncode == 0, first.stderr
+    assert "decoding train" in first.stderr and "decoding test" in first.stderr
+    second = train(*command, tmp_path / "second", **cache)
+    assert second.returncode == 0, second.stderr
+    assert "decoding" not in second.stderr
+    assert weights_sha256(tmp_path / "first") == weights_sha256(tmp_path / "second")
+    record = read_record(tmp_path / "first")
+    assert record["dataset"]["images"] == {"train": 45_000, "validation": 5_000, "test": 10_000}
+    assert str(cifar10) not in (tmp_path / "first" / "training_record.json").read_text()

@@ -51,7 +51,9 @@ def predict(
 
 @app.command()
 def evaluate(
-    model: Annotated[str | None, typer.Argument(help="Model folder or Hub id; left out, the one in the checkout.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="Model folder or Hub id; left out, the one in the checkout.")
+    ] = None,
     dataset_name: Annotated[
         str | None, typer.Option("--dataset_name", "--dataset-name", help="Hub id, local folder, or `sample`.")
     ] = None,

@@ -38,7 +38,9 @@ def open_image(source: str | Path | bytes | BinaryIO) -> Image.Image:
     except ImageError:
         raise
     except (OSError, ValueError, TypeError, SyntaxError, EOFError, ArithmeticError, LookupError, struct.error) as error:
-        raise ImageError(f"{name}: expected an image ({', '.join(FORMATS)}), got something that cannot be read") from error
+        raise ImageError(
+            f"{name}: expected an image ({', '.join(FORMATS)}), got something that cannot be read"
+        ) from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name}: expected at most {MAX_PIXELS:,} pixels, got far more") from error
 

@@ -95,7 +95,9 @@ class ViTCifarPatchEmbeddings(nn.Module):
             return self.projection(pixel_values).flatten(2).transpose(1, 2)  # (B, D, h, w) -> (B, h * w, D)
         size = self.patch_size
         patches = pixel_values.reshape(batch, channels, height // size, size, width // size, size)
-        patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # (B, C, h, P, w, P) -> (B, h * w, P * P * C)
+        patches = (
+            patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+        )  # (B, C, h, P, w, P) -> (B, h * w, P * P * C)
         return self.projection(patches)
 
 
@@ -135,7 +137,9 @@ class ViTCifarEmbeddings(nn.Module):
             batch, num_patches = len(tokens), tokens.shape[1] - 1
             kept = max(1, round(num_patches * (1 - self.patch_drop_rate)))
             order = torch.rand(batch, num_patches, device=tokens.device).argsort(dim=1)[:, :kept] + 1
-            tokens = torch.cat([tokens[:, :1], tokens.gather(1, order[..., None].expand(-1, -1, tokens.shape[-1]))], dim=1)
+            tokens = torch.cat(
+                [tokens[:, :1], tokens.gather(1, order[..., None].expand(-1, -1, tokens.shape[-1]))], dim=1
+            )
         return self.dropout(tokens)
 
 
@@ -287,9 +291,7 @@ class ViTCifarModel(ViTCifarPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(
-        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
-    ) -> BaseModelOutputWithPooling:
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutputWithPooling:
         """
         Args:
             pixel_values: (B, C, H, W), normalised; any height and width that are multiples of the patch size.

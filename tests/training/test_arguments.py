@@ -71,7 +71,11 @@ def test_tutorial_recipes_are_the_tutorials(tmp_path):
         assert (config.patch_embedding, config.position_embedding) == (embedding, position)
         assert not config.attention_output_projection
         assert (recipe.optimizer, args.learning_rate, args.weight_decay, args.max_grad_norm) == ("adam", 1e-3, 5e-5, 0)
-        assert (args.lr_scheduler_type, args.per_device_train_batch_size, args.num_train_epochs) == ("constant", 256, 50)
+        assert (args.lr_scheduler_type, args.per_device_train_batch_size, args.num_train_epochs) == (
+            "constant",
+            256,
+            50,
+        )
         assert (recipe.flip, recipe.max_shift, recipe.shift_fill, recipe.cutout_size) == ("random", 4, "zeros", 0)
         assert (recipe.validation_size, recipe.first_eligible_epoch, args.metric_for_best_model) == (0, 12, "loss")
 
@@ -83,8 +87,15 @@ def test_tutorial_recipes_are_the_tutorials(tmp_path):
         (["--recipe", "nano"], "output_dir: expected a folder for the trained model, got none"),
         (["--recipe", "nanu", "--output_dir", "x"], "recipe: expected one of nano, smoke, .* got 'nanu'"),
         (["--recipe", "nano", "--output_dir", "x", "--push_to_hub"], "push_to_hub: .*`vit-cifar publish`"),
-        (["--recipe", "nano", "--output_dir", "x", "--config_overrides", "64"], "config_overrides: expected field=value"),
+        (
+            ["--recipe", "nano", "--output_dir", "x", "--config_overrides", "64"],
+            "config_overrides: expected field=value",
+        ),
         (["--recipe", "nano", "--output_dir", "x", "--flip", "up"], "argument --flip: invalid choice: 'up'"),
+        (
+            ["--recipe", "smoke", "--output_dir", "x", "--early_stopping_patience", "1"],
+            "early_stopping_patience: expected",
+        ),
         (["--recipe", "nano", "--output_dir", "x", "--nonsense", "1"], ".*--nonsense"),
     ],
 )

@@ -11,7 +11,11 @@ def build() -> ViTCifarForImageClassification:
     torch.manual_seed(0)
     return ViTCifarForImageClassification(
         ViTCifarConfig(
-            patch_embedding="conv_stem", hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
+            patch_embedding="conv_stem",
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=24,
         )
     )
 

@@ -50,7 +50,9 @@ def evaluate(
 
     count = len(names)
     confusion = torch.bincount(dataset.labels * count + logits.argmax(-1), minlength=count**2).view(count, count)
-    per_class = {name: row[i] / row.sum() for i, (name, row) in enumerate(zip(names, confusion, strict=True)) if row.sum()}
+    per_class = {
+        name: row[i] / row.sum() for i, (name, row) in enumerate(zip(names, confusion, strict=True)) if row.sum()
+    }
     return Evaluation(
         accuracy=(confusion.trace() / len(dataset)).item(),
         loss=torch.nn.functional.cross_entropy(logits, dataset.labels).item(),

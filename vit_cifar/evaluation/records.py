@@ -104,3 +104,22 @@ def plot_losses(record: dict, path: str | Path) -> None:
     axes.set(xlabel="epoch", ylabel="cross-entropy (nats)", title=f"{record['recipe']} on {record['dataset']['name']}")
     axes.legend()
     figure.savefig(path, dpi=150)
+
+
+def results_table(records: dict[str, dict]) -> str:
+    """README's results, one row a model, as Markdown: name of its folder -> record."""
+    lines = [
+        "| model | parameters | passes | test accuracy | dataset | time, hardware | command |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, record in records.items():
+        link = f"[{name}](hub_card/models/{name}/{RECORD_NAME})"
+        hardware = record["hardware"]
+        machine = hardware.get("gpu") or f"{hardware['cores']} CPU cores"
+        lines.append(
+            f"| {link} | {record['parameters']:,} | {record['arguments']['num_train_epochs']:g} "
+            f"| {record['test_accuracy']:.2%} (n = 1, seed {record['seed']}) | {record['dataset']['name']} "
+            f"| {record['wall_time_seconds'] / 60:.0f} min, {machine}, {record['number_format']} "
+            f"| `{record['command']}` |"
+        )
+    return "\n".join(lines)

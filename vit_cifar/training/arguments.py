@@ -23,18 +23,23 @@ class RecipeArguments:
     recipe: str = field(metadata={"help": "name of a shipped recipe, or a YAML file with any of these arguments"})
     model: dict = field(init=False, default_factory=dict)
     config_overrides: str | None = field(
-        default=None, metadata={"help": "config fields over the recipe's model, as in hidden_size=192,drop_path_rate=0.1"}
+        default=None,
+        metadata={"help": "config fields over the recipe's model, as in hidden_size=192,drop_path_rate=0.1"},
     )
     attn_implementation: str | None = field(
-        default=None, metadata={"help": "eager, sdpa …; left out, the faster one on this machine (eager for bf16 on a CPU)"}
+        default=None,
+        metadata={"help": "eager, sdpa …; left out, the faster one on this machine (eager for bf16 on a CPU)"},
     )
     dataset_name: str = field(
         default=CIFAR10_NAME, metadata={"help": "Hub id, local folder, or `sample` for the images in the package"}
     )
     dataset_title: str | None = field(
-        default=None, metadata={"help": "what the record calls the dataset; left out, the Hub id or the folder's own name"}
+        default=None,
+        metadata={"help": "what the record calls the dataset; left out, the Hub id or the folder's own name"},
     )
-    dataset_note: str | None = field(default=None, metadata={"help": "what a reader of the record must know of the data"})
+    dataset_note: str | None = field(
+        default=None, metadata={"help": "what a reader of the record must know of the data"}
+    )
     image_column: str | None = field(default=None, metadata={"help": "left out, the only column of type Image"})
     label_column: str | None = field(default=None, metadata={"help": "left out, the only column of type ClassLabel"})
     validation_size: int = field(
@@ -105,6 +110,8 @@ def parse_arguments(argv: list[str]) -> tuple[RecipeArguments, TrainingArguments
         parser.error(str(error).strip().splitlines()[0])
     if "--output_dir" not in argv and not any(item.startswith("--output_dir=") for item in argv):
         parser.error("output_dir: expected a folder for the trained model, got none")
+    if recipe_args.early_stopping_patience is not None and not training_args.load_best_model_at_end:
+        parser.error("early_stopping_patience: expected --load_best_model_at_end with it, got none")
     if training_args.push_to_hub:
         parser.error("push_to_hub: training never publishes; publish a trained folder with `vit-cifar publish`")
     return recipe_args, training_args, parser

@@ -54,11 +54,15 @@ class Augmentation:
         down, right, flip, row, column = self.draws(epoch)[sample_index.cpu()].to(device)[..., None].unbind(1)  # (B, 1)
 
         span = 2 * self.max_shift + 1
-        rows = torch.arange(height, device=device) + (down * span).long() - self.max_shift  # (B, H), where pixels come from
+        rows = (
+            torch.arange(height, device=device) + (down * span).long() - self.max_shift
+        )  # (B, H), where pixels come from
         columns = torch.arange(width, device=device) + (right * span).long() - self.max_shift  # (B, W)
         if self.flip != "none":
             columns = torch.where(flip < 0.5, width - 1 - columns, columns)
-        inside = ((0 <= rows) & (rows < height))[:, None, :, None] & ((0 <= columns) & (columns < width))[:, None, None, :]
+        inside = ((0 <= rows) & (rows < height))[:, None, :, None] & ((0 <= columns) & (columns < width))[
+            :, None, None, :
+        ]
         rows, columns = _reflect(rows, height), _reflect(columns, width)
         images = images[
             torch.arange(batch, device=device)[:, None, None, None],

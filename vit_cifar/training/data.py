@@ -102,7 +102,11 @@ def load_split(
     label_column = _find_column(rows, label_column, datasets.ClassLabel, "label_column", split)
 
     key = json.dumps([CACHE_FORMAT, rows._fingerprint, image_column, label_column, image_size])
-    path = Path(datasets.config.HF_CACHE_HOME) / "vit_cifar" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+    path = (
+        Path(datasets.config.HF_CACHE_HOME)
+        / "vit_cifar"
+        / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+    )
     cached = _read_cache(path, rows._fingerprint)
     if cached is None:
         labels, classes = _labels(rows, label_column, split)
@@ -136,7 +140,9 @@ def split_off_validation(dataset: ImageDataset, size: int, seed: int) -> tuple[I
 def _find_column(rows: datasets.Dataset, name: str | None, kind: type, argument: str, split: str) -> str:
     if name is not None:
         if name not in rows.features:
-            raise DataError(f"{argument}: expected a column of split {split!r} ({', '.join(rows.features)}), got {name!r}")
+            raise DataError(
+                f"{argument}: expected a column of split {split!r} ({', '.join(rows.features)}), got {name!r}"
+            )
         return name
     found = [column for column, feature in rows.features.items() if isinstance(feature, kind)]
     if len(found) != 1:
@@ -168,7 +174,9 @@ def _labels(rows: datasets.Dataset, column: str, split: str) -> tuple[torch.Tens
 
 def _images(rows: datasets.Dataset, column: str, split: str, image_size: int) -> torch.Tensor:
     if not isinstance(rows.features[column], datasets.Image):
-        raise DataError(f"image_column: expected a column of type Image, got {column!r} of type {rows.features[column]}")
+        raise DataError(
+            f"image_column: expected a column of type Image, got {column!r} of type {rows.features[column]}"
+        )
     decoder = datasets.Image(mode="RGB")
     images = torch.empty(len(rows), 3, image_size, image_size, dtype=torch.uint8)
     encoded = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))

@@ -45,7 +45,10 @@ class MuonWithAdamW(torch.optim.Optimizer):
         by_muon, decayed = muon_parameter_names(model), decayed_parameter_names(model)
         self.matrices = [(p, nn.Parameter(p.detach().view(len(p), -1))) for n, p in parameters.items() if n in by_muon]
         groups = [
-            {"params": [p for n, p in parameters.items() if n in decayed and n not in by_muon], "weight_decay": weight_decay},
+            {
+                "params": [p for n, p in parameters.items() if n in decayed and n not in by_muon],
+                "weight_decay": weight_decay,
+            },
             {"params": [p for n, p in parameters.items() if n not in decayed], "weight_decay": 0.0},
         ]
         self.optimizers = (

@@ -130,7 +130,9 @@ def describe_parameters(model: nn.Module, recipe: RecipeArguments) -> str:
     by_muon = muon_parameter_names(model) if recipe.optimizer == "muon" else []
     decayed = list(sizes) if recipe.optimizer == "adam" else decayed_parameter_names(model)
     kept = [name for name in sizes if name not in decayed]
-    total = {key: sum(sizes[n] for n in names) for key, names in (("muon", by_muon), ("decay", decayed), ("kept", kept))}
+    total = {
+        key: sum(sizes[n] for n in names) for key, names in (("muon", by_muon), ("decay", decayed), ("kept", kept))
+    }
     return (
         f"{sum(sizes.values()):,} parameters, {total['muon']:,} of them trained by Muon\n"
         f"decayed: {total['decay']:,} in {len(decayed)} tensors; not decayed: {total['kept']:,} in {len(kept)} tensors "

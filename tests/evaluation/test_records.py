@@ -1,0 +1,41 @@
+import json
+import shutil
+
+import pytest
+
+from vit_cifar.evaluation.records import epoch_log, git_commit, read_record, write_record
+
+
+def test_a_record_belongs_to_its_weights(smoke_folder, tmp_path):
+    folder = shutil.copytree(smoke_folder, tmp_path / "model")
+    record = read_record(folder)
+    with open(folder / "model.safetensors", "r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)
+        file.seek(-1, 2)
+        file.write(bytes([last[0] ^ 1]))
+    with pytest.raises(ValueError, match="expected the record of these weights"):
+        read_record(folder)
+    (folder / "training_record.json").unlink()
+    with pytest.raises(ValueError, match="expected a training_record.json, got none"):
+        read_record(folder)
+    write_record(folder, record)
+    assert json.loads((folder / "training_record.json").read_text()) == record
+
+
+def test_epoch_log_joins_what_trainer_logs_apart():
+    history = [
+        {"epoch": 1.0, "loss": 2.0, "learning_rate": 0.1},
+        {"epoch": 1.0, "eval_loss": 1.5, "eval_accuracy": 0.5, "eval_runtime": 1.0},
+        {"epoch": 2.0, "loss": 1.0},
+        {"epoch": 2.0, "eval_loss": 1.2, "eval_accuracy": 0.6},
+        {"epoch": 2.0, "train_runtime": 9.0, "train_loss": 1.5},
+    ]
+    assert epoch_log(history) == [
+        {"epoch": 1, "training_loss": 2.0, "validation_loss": 1.5, "validation_accuracy": 0.5},
+        {"epoch": 2, "training_loss": 1.0, "validation_loss": 1.2, "validation_accuracy": 0.6},
+    ]
+
+
+def test_no_commit_outside_a_checkout(tmp_path):
+    assert git_commit(tmp_path) is None

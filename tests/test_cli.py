@@ -1,0 +1,71 @@
+import json
+import sys
+
+import pytest
+from helpers import run
+from PIL import Image
+from transformers import pipeline
+
+from vit_cifar.evaluation.metrics import evaluate
+from vit_cifar.models import load_model
+from vit_cifar.training.data import load_split
+
+
+def vit_cifar(*arguments):
+    return run(sys.executable, "-m", "vit_cifar", *arguments)
+
+
+@pytest.fixture
+def images(tmp_path):
+    paths = [tmp_path / name for name in ("red.png", "large.jpg")]
+    Image.new("RGB", (32, 32), "red").save(paths[0])
+    Image.radial_gradient("L").resize((300, 200)).save(paths[1])
+    return paths
+
+
+def test_predict_prints_what_the_pipeline_says(images, tiny_model_folder):
+    model, processor = load_model(str(tiny_model_folder))
+    classify = pipeline("image-classification", model=model, image_processor=processor)
+    expected = [classify(Image.open(path).convert("RGB"), top_k=10) for path in images]
+
+    answer = vit_cifar("predict", *images, "--model", tiny_model_folder, "--json", "--top", "20")
+    assert answer.returncode == 0, answer.stderr
+    rows = json.loads(answer.stdout)  # nothing else is on stdout
+    for row, path, classes in zip(rows, images, expected, strict=True):
+        assert row["image"] == str(path)
+        assert [item["label"] for item in row["predictions"]] == [item["label"] for item in classes]
+        for item, other in zip(row["predictions"], classes, strict=True):
+            assert item["score"] == pytest.approx(other["score"], abs=1e-5)
+
+    lines = vit_cifar("predict", *images, "--model", tiny_model_folder).stdout.splitlines()
+    assert [line.split(": ")[0] for line in lines] == [str(path) for path in images]
+    assert lines[0].count("%") == 3
+
+
+def test_evaluate_prints_accuracy_and_each_class(smoke_folder):
+    result = evaluate(*load_model(str(smoke_folder)), load_split("sample", "test"))
+    answer = vit_cifar("evaluate", smoke_folder, "--dataset_name", "sample", "--json")
+    assert answer.returncode == 0, answer.stderr
+    numbers = json.loads(answer.stdout)
+    assert numbers["accuracy"] == result.accuracy
+    assert numbers["per_class"] == pytest.approx(result.per_class)
+    text = vit_cifar("evaluate", smoke_folder, "--dataset-name", "sample").stdout
+    assert f"accuracy {result.accuracy:.2%} on 200 images" in text
+    assert all(name in text for name in result.per_class)
+
+
+def test_users_errors_are_one_line_and_exit_code_2(images, tiny_model_folder, tmp_path):
+    text = tmp_path / "text.png"
+    text.write_text("no image")
+    for arguments, message in (
+        (["predict", text, "--model", tiny_model_folder], "expected an image"),
+        (["predict", images[0], tmp_path / "nothing.png", "--model", tiny_model_folder], "no such file"),
+        (["predict", images[0], "--model", tmp_path / "nowhere"], "no such folder"),
+        (["evaluate", tiny_model_folder, "--dataset_name", tmp_path / "nowhere"], "dataset_name: expected"),
+        (["evaluate", tiny_model_folder, "--dataset_name", "sample", "--split", "dev"], "split: expected one of"),
+    ):
+        answer = vit_cifar(*arguments)
+        assert answer.returncode == 2
+        assert answer.stdout == ""
+        (line,) = answer.stderr.strip().splitlines()
+        assert line.startswith("vit-cifar: ") and message in line
