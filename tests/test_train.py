@@ -175,7 +175,7 @@ def test_early_stopping_best_model_and_tensorboard(tmp_path):
     )
     assert finished.returncode == 0, finished.stderr
     record = read_record(folder)
-    # Nothing is learned but the running mean and variance of the stem's norms: an epoch without a better one comes soon.
+    # Nothing is learned but the running mean and variance of the stem's norms: soon an epoch brings nothing better.
     assert len(record["epochs"]) < 10
     accuracies = [row["validation_accuracy"] for row in record["epochs"]]
     assert accuracies[round(record["kept_epoch"]) - 1] == max(accuracies)

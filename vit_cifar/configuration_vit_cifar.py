@@ -1,4 +1,4 @@
-"""Configuration of ViT-CIFAR. This file travels with the weights as remote code: it needs torch and transformers only."""
+"""Configuration of ViT-CIFAR. It travels with the weights as remote code: it needs torch and transformers only."""
 
 from difflib import get_close_matches
 

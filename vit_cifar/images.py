@@ -1,4 +1,4 @@
-"""The one door for images from outside: any readable file becomes an upright RGB image, all others one kind of error."""
+"""The one door for images from outside: a readable file becomes an upright RGB image, all others one kind of error."""
 
 import struct
 from io import BytesIO

@@ -43,7 +43,8 @@ def sinusoidal_positions(length: int, width: int, device: torch.device | None = 
 class ViTCifarConvStem(nn.Sequential):
     """Overlapping 3x3 convolutions, two per scale; 2x2 max pooling and twice the width from scale to scale.
 
-    One scale for each halving from pixels to patches: patch size 4 gives widths D/4, D/2, D. (B, C, H, W) -> (B, D, h, w)
+    One scale for each halving from pixels to patches: patch size 4 gives widths D/4, D/2, D.
+    (B, C, H, W) -> (B, D, h, w)
     """
 
     def __init__(self, config: ViTCifarConfig):

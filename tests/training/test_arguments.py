@@ -83,8 +83,8 @@ def test_tutorial_recipes_are_the_tutorials(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--output_dir", "x"], "the following arguments are required: --recipe"),
-        (["--recipe", "nano"], "output_dir: expected a folder for the trained model, got none"),
+        (["--output_dir", "x"], "the following arguments are required: --recipe$"),
+        (["--recipe", "nano"], "the following arguments are required: --output_dir"),
         (["--recipe", "nanu", "--output_dir", "x"], "recipe: expected one of nano, smoke, .* got 'nanu'"),
         (["--recipe", "nano", "--output_dir", "x", "--push_to_hub"], "push_to_hub: .*`vit-cifar publish`"),
         (

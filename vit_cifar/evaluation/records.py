@@ -1,4 +1,4 @@
-"""training_record.json: how a model folder came about and what it scores. README and cards take numbers from here only."""
+"""training_record.json: how a model folder came about and what it scores. README and cards take numbers from here."""
 
 import hashlib
 import importlib.metadata

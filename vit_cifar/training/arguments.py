@@ -100,6 +100,7 @@ def parse_arguments(argv: list[str]) -> tuple[RecipeArguments, TrainingArguments
     if not {"-h", "--help"} & set(argv):
         first = argparse.ArgumentParser(add_help=False, prog=parser.prog, usage=parser.usage)
         first.add_argument("--recipe", required=True)
+        first.add_argument("--output_dir", "--output-dir", required=True)
         recipe = _read_recipe(first.parse_known_args(argv)[0].recipe, parser)
         model = recipe.pop("model", {})
         parser.set_defaults(**recipe)
@@ -108,8 +109,6 @@ def parse_arguments(argv: list[str]) -> tuple[RecipeArguments, TrainingArguments
         recipe_args.model = model | _parse_overrides(recipe_args.config_overrides)
     except (ValueError, ImportError) as error:
         parser.error(str(error).strip().splitlines()[0])
-    if "--output_dir" not in argv and not any(item.startswith("--output_dir=") for item in argv):
-        parser.error("output_dir: expected a folder for the trained model, got none")
     if recipe_args.early_stopping_patience is not None and not training_args.load_best_model_at_end:
         parser.error("early_stopping_patience: expected --load_best_model_at_end with it, got none")
     if training_args.push_to_hub:

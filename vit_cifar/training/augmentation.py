@@ -60,9 +60,8 @@ class Augmentation:
         columns = torch.arange(width, device=device) + (right * span).long() - self.max_shift  # (B, W)
         if self.flip != "none":
             columns = torch.where(flip < 0.5, width - 1 - columns, columns)
-        inside = ((0 <= rows) & (rows < height))[:, None, :, None] & ((0 <= columns) & (columns < width))[
-            :, None, None, :
-        ]
+        in_rows, in_columns = (rows >= 0) & (rows < height), (columns >= 0) & (columns < width)
+        inside = in_rows[:, None, :, None] & in_columns[:, None, None, :]
         rows, columns = _reflect(rows, height), _reflect(columns, width)
         images = images[
             torch.arange(batch, device=device)[:, None, None, None],
@@ -90,4 +89,4 @@ def _reflect(index: torch.Tensor, size: int) -> torch.Tensor:
 def _window(draw: torch.Tensor, length: int, size: int) -> torch.Tensor:
     """(B, 1) draws -> (B, length) booleans, true in a window of `size` around a centre that is anywhere."""
     offset = torch.arange(length, device=draw.device) - (draw * length).long() + size // 2
-    return (0 <= offset) & (offset < size)
+    return (offset >= 0) & (offset < size)

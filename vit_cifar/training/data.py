@@ -164,10 +164,11 @@ def _labels(rows: datasets.Dataset, column: str, split: str) -> tuple[torch.Tens
         classes = [str(index) for index in range(max(labels) + 1)]
     else:
         raise DataError(f"label_column: expected class labels or whole numbers in {column!r}, got {feature}")
+    last = len(classes) - 1
     for row, label in enumerate(labels):
-        if not 0 <= label < len(classes):
+        if not 0 <= label <= last:
             raise DataError(
-                f"split {split!r}, row {row}, column {column!r}: expected a label from 0 to {len(classes) - 1}, got {label}"
+                f"split {split!r}, row {row}, column {column!r}: expected a label from 0 to {last}, got {label}"
             )
     return torch.tensor(labels), classes
 
