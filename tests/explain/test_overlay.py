@@ -53,7 +53,7 @@ def test_colour_overlay_mixes_image_and_colormap():
 
 
 def test_each_map_is_scaled_by_itself_and_a_flat_one_is_zero():
-    maps = torch.stack([MAPS[0], MAPS[0] * 1e-3 + 5, torch.full((8, 8), 0.5)])
+    maps = torch.stack([MAPS[0], MAPS[0] * 0.1 + 5, torch.full((8, 8), 0.5)])
     scaled = upscale(maps, (32, 32))
     torch.testing.assert_close(scaled[0], scaled[1], atol=1e-3, rtol=0)
     assert scaled[0].min() == 0 and scaled[0].max() == 1

@@ -96,6 +96,7 @@ def parse_arguments(argv: list[str]) -> tuple[RecipeArguments, TrainingArguments
     parser.set_defaults(bf16=machine_supports_bf16(), dataloader_pin_memory=torch.cuda.is_available())
     parser.set_defaults(use_cpu=not torch.accelerator.is_available())  # else Trainer refuses bf16 on a CPU
     parser.set_defaults(remove_unused_columns=False, restore_callback_states_from_checkpoint=True)
+    parser.set_defaults(seed=0)  # records count seeds from 0
 
     if not {"-h", "--help"} & set(argv):
         first = argparse.ArgumentParser(add_help=False, prog=parser.prog, usage=parser.usage)

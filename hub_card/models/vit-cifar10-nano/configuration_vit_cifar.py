@@ -1,0 +1,139 @@
+"""Configuration of ViT-CIFAR. It travels with the weights as remote code: it needs torch and transformers only."""
+
+from difflib import get_close_matches
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+PATCH_EMBEDDINGS = ("linear", "conv", "conv_stem")
+POSITION_EMBEDDINGS = ("learned", "sinusoidal")
+
+
+@strict
+class ViTCifarConfig(PreTrainedConfig):
+    r"""
+    Configuration of a Vision Transformer for small images. The names are those of transformers' `ViTConfig`; the
+    fields that only this model has are listed here.
+
+    Args:
+        patch_embedding (`"linear"`, `"conv"` or `"conv_stem"`, defaults to `"conv"`):
+            `linear` cuts the image into patches and projects each, flattened in the order (row, column, channel);
+            `conv` is one convolution with kernel and stride `patch_size`; `conv_stem` is two overlapping 3x3
+            convolutions per scale with max pooling between the scales (Xiao et al. 2021, arXiv:2106.14881).
+        position_embedding (`"learned"` or `"sinusoidal"`, defaults to `"learned"`):
+            A learned table, or the fixed one of Vaswani et al. 2017 (arXiv:1706.03762, section 3.5).
+        attention_output_projection (`bool`, defaults to `True`):
+            Whether a linear layer mixes the heads after attention.
+        drop_path_rate (`float`, defaults to 0.0):
+            Probability of skipping a residual branch in the last layer, rising linearly from 0 in the first one
+            (Huang et al. 2016, arXiv:1603.09382).
+        patch_drop_rate (`float`, defaults to 0.0):
+            Share of patch tokens left out of each training image (Liu et al. 2023, arXiv:2212.00794). Never in eval.
+        embedding_initializer_range (`float`, defaults to 0.02):
+            Standard deviation of the class token and of learned positions at the start.
+
+    Raises:
+        ValueError: at construction, in one line with field, expected and got, for sizes below 1, probabilities
+            outside 0..1, unknown words, heads that do not divide the width, patches that do not divide the image,
+            `num_labels` that disagrees with `id2label`, and a keyword that looks like a misspelt field.
+
+    Example:
+
+    ```python
+    >>> from vit_cifar import ViTCifarConfig, ViTCifarForImageClassification
+
+    >>> config = ViTCifarConfig(patch_embedding="conv_stem", hidden_size=128, num_attention_heads=4)
+    >>> model = ViTCifarForImageClassification(config)
+    ```"""
+
+    model_type = "vit_cifar"
+
+    hidden_size: int = 192
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 768
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float | int = 0.0
+    attention_probs_dropout_prob: float | int = 0.0
+    initializer_range: float | int = 0.02
+    layer_norm_eps: float | int = 1e-5
+    image_size: int = 32
+    patch_size: int = 4
+    num_channels: int = 3
+    qkv_bias: bool = True
+    patch_embedding: str = "conv"
+    position_embedding: str = "learned"
+    attention_output_projection: bool = True
+    drop_path_rate: float | int = 0.0
+    patch_drop_rate: float | int = 0.0
+    embedding_initializer_range: float | int = 0.02
+
+    def __post_init__(self, **kwargs):
+        # A dictionary that was saved carries its model_type. There, unknown fields are a newer version's, and
+        # num_labels is what `from_pretrained(..., num_labels=3)` asks for: both are transformers' own business.
+        if "model_type" not in kwargs:
+            self._refuse_near_misses(kwargs)
+            num_labels = kwargs.get("num_labels")
+            if num_labels is not None and self.id2label is not None and num_labels != len(self.id2label):
+                raise ValueError(
+                    f"num_labels: expected {len(self.id2label)}, the number of names in id2label, got {num_labels}"
+                )
+        if self.id2label is None and kwargs.get("num_labels") in (None, len(CIFAR10_CLASSES)):
+            self.id2label = dict(enumerate(CIFAR10_CLASSES))
+        if self.problem_type is None and kwargs.get("num_labels") != 1:
+            # Left unset, transformers takes float labels for a multi-label task and trains with the wrong loss.
+            self.problem_type = "single_label_classification"
+        super().__post_init__(**kwargs)
+        if self.label2id is None and self.id2label is not None:
+            self.label2id = {name: index for index, name in self.id2label.items()}
+        self.validate_architecture()  # here as well as by @strict, which would wrap the one line into two
+
+    def _refuse_near_misses(self, kwargs: dict) -> None:
+        """transformers stores unknown keywords silently, so a misspelt field would train another model."""
+        fields = [*self.__dataclass_fields__, "num_labels", "output_attentions"]
+        for key in kwargs:
+            if not hasattr(type(self), key) and (near := get_close_matches(key, fields, n=2, cutoff=0.7)):
+                raise ValueError(
+                    f"{key}: expected a field of ViTCifarConfig (did you mean {' or '.join(near)}?), got {key!r}"
+                )
+
+    def validate_architecture(self) -> None:
+        """Checks that concern values and how they fit together; @strict has checked the types."""
+        for name in (
+            *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+            *("image_size", "patch_size", "num_channels"),
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "patch_drop_rate"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected a probability from 0 to 1, got {getattr(self, name)}")
+        for name, words in (
+            ("patch_embedding", PATCH_EMBEDDINGS),
+            ("position_embedding", POSITION_EMBEDDINGS),
+            ("hidden_act", tuple(ACT2FN)),
+        ):
+            if getattr(self, name) not in words:
+                raise ValueError(f"{name}: expected one of {', '.join(words)}, got {getattr(self, name)!r}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"num_attention_heads: expected a divisor of hidden_size {self.hidden_size}, "
+                f"got {self.num_attention_heads}"
+            )
+        if self.image_size % self.patch_size:
+            raise ValueError(f"patch_size: expected a divisor of image_size {self.image_size}, got {self.patch_size}")
+        if self.position_embedding == "sinusoidal" and self.hidden_size % 2:
+            raise ValueError(f"hidden_size: expected an even number for sinusoidal positions, got {self.hidden_size}")
+        if self.patch_embedding == "conv_stem":
+            if self.patch_size & (self.patch_size - 1):
+                raise ValueError(f"patch_size: expected a power of 2 for conv_stem, got {self.patch_size}")
+            if self.hidden_size % self.patch_size:
+                raise ValueError(
+                    f"hidden_size: expected a multiple of patch_size {self.patch_size} for conv_stem, whose width "
+                    f"doubles at each scale, got {self.hidden_size}"
+                )
+
+
+__all__ = ["CIFAR10_CLASSES", "ViTCifarConfig"]
