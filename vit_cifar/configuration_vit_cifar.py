@@ -9,6 +9,8 @@ from transformers.activations import ACT2FN
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 PATCH_EMBEDDINGS = ("linear", "conv", "conv_stem")
 POSITION_EMBEDDINGS = ("learned", "sinusoidal")
+# Keywords that transformers itself accepts in every config; they only look like misspelt fields of this one.
+TRANSFORMERS_KEYWORDS = ("is_decoder", "tie_word_embeddings", "tie_last_hidden_states")
 
 
 @strict
@@ -71,20 +73,27 @@ class ViTCifarConfig(PreTrainedConfig):
     embedding_initializer_range: float | int = 0.02
 
     def __post_init__(self, **kwargs):
+        num_labels = kwargs.get("num_labels")
+        if num_labels is not None and not (isinstance(num_labels, int) and num_labels >= 0):
+            raise ValueError(f"num_labels: expected an integer of at least 0, got {num_labels!r}")
         # A dictionary that was saved carries its model_type. There, unknown fields are a newer version's, and
         # num_labels is what `from_pretrained(..., num_labels=3)` asks for: both are transformers' own business.
-        if "model_type" not in kwargs:
+        loaded = "model_type" in kwargs
+        if not loaded:
             self._refuse_near_misses(kwargs)
-            num_labels = kwargs.get("num_labels")
             if num_labels is not None and self.id2label is not None and num_labels != len(self.id2label):
                 raise ValueError(
                     f"num_labels: expected {len(self.id2label)}, the number of names in id2label, got {num_labels}"
                 )
-        if self.id2label is None and kwargs.get("num_labels") in (None, len(CIFAR10_CLASSES)):
+        if self.id2label is None and num_labels in (None, len(CIFAR10_CLASSES)):
             self.id2label = dict(enumerate(CIFAR10_CLASSES))
-        if self.problem_type is None and kwargs.get("num_labels") != 1:
+        if num_labels is None:
+            num_labels = len(self.id2label)
+        if self.problem_type is None and num_labels != 1:
             # Left unset, transformers takes float labels for a multi-label task and trains with the wrong loss.
             self.problem_type = "single_label_classification"
+        elif self.problem_type == "single_label_classification" and num_labels == 1 and loaded:
+            self.problem_type = None  # a classifier reloaded with one output: transformers makes that a regression
         super().__post_init__(**kwargs)
         if self.label2id is None and self.id2label is not None:
             self.label2id = {name: index for index, name in self.id2label.items()}
@@ -94,7 +103,12 @@ class ViTCifarConfig(PreTrainedConfig):
         """transformers stores unknown keywords silently, so a misspelt field would train another model."""
         fields = [*self.__dataclass_fields__, "num_labels", "output_attentions"]
         for key in kwargs:
-            if not hasattr(type(self), key) and (near := get_close_matches(key, fields, n=2, cutoff=0.7)):
+            if hasattr(type(self), key) or key in TRANSFORMERS_KEYWORDS:
+                continue
+            name = key.lower().replace("-", "_")
+            near = get_close_matches(name, fields, n=2, cutoff=0.7)
+            near = near or [field for field in fields if set(name.split("_")) <= set(field.split("_"))]  # `num_heads`
+            if near:
                 raise ValueError(
                     f"{key}: expected a field of ViTCifarConfig (did you mean {' or '.join(near)}?), got {key!r}"
                 )
@@ -110,6 +124,9 @@ class ViTCifarConfig(PreTrainedConfig):
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "patch_drop_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a probability from 0 to 1, got {getattr(self, name)}")
+        for name in ("initializer_range", "embedding_initializer_range", "layer_norm_eps"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
         for name, words in (
             ("patch_embedding", PATCH_EMBEDDINGS),
             ("position_embedding", POSITION_EMBEDDINGS),

@@ -24,7 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.output_capturing import capture_outputs, maybe_install_capturing_hooks
 
 from .configuration_vit_cifar import ViTCifarConfig
 
@@ -84,6 +84,8 @@ class ViTCifarPatchEmbeddings(nn.Module):
             self.projection = ViTCifarConvStem(config)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        if pixel_values.ndim != 4:
+            raise ValueError(f"pixel_values: expected 4 dimensions, (B, C, H, W), got {tuple(pixel_values.shape)}")
         batch, channels, height, width = pixel_values.shape
         if channels != self.num_channels:
             raise ValueError(f"pixel_values: expected {self.num_channels} channels, got {channels}")
@@ -132,10 +134,12 @@ class ViTCifarEmbeddings(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         tokens = self.patch_embeddings(pixel_values)
-        tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], dim=1)  # (B, N, D)
+        tokens = torch.cat(
+            [self.cls_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], dim=1
+        )  # (B, N, D)
         tokens = tokens + self.positions(*pixel_values.shape[-2:])
         if self.training and self.patch_drop_rate > 0:
-            batch, num_patches = len(tokens), tokens.shape[1] - 1
+            batch, num_patches = tokens.shape[0], tokens.shape[1] - 1
             kept = max(1, round(num_patches * (1 - self.patch_drop_rate)))
             order = torch.rand(batch, num_patches, device=tokens.device).argsort(dim=1)[:, :kept] + 1
             tokens = torch.cat(
@@ -191,7 +195,7 @@ class ViTCifarAttention(nn.Module):
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
 
         attend = eager_attention_forward
-        if not kwargs.get("output_attentions"):  # fused kernels have no maps to give
+        if not kwargs.get("output_attentions", self.config.output_attentions):  # fused kernels have no maps to give
             attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
         context, attention = attend(self, query, key, value, None, scaling=self.scaling, dropout=dropout, **kwargs)
@@ -221,7 +225,7 @@ class ViTCifarDropPath(nn.Module):
     def forward(self, branch: torch.Tensor) -> torch.Tensor:
         if not self.training or self.rate == 0:
             return branch
-        kept = torch.rand(len(branch), 1, 1, device=branch.device) >= self.rate
+        kept = torch.rand(branch.shape[0], 1, 1, device=branch.device) >= self.rate
         return branch * kept / max(1 - self.rate, 1e-6)
 
 
@@ -283,12 +287,16 @@ class ViTCifarModel(ViTCifarPreTrainedModel):
 
     def __init__(self, config: ViTCifarConfig):
         super().__init__(config)
+        config.validate_architecture()  # again: `from_pretrained(..., num_attention_heads=5)` assigns fields unchecked
         self.embeddings = ViTCifarEmbeddings(config)
         last = max(config.num_hidden_layers - 1, 1)
         rates = [config.drop_path_rate * i / last for i in range(config.num_hidden_layers)]
         self.layers = nn.ModuleList([ViTCifarLayer(config, rate) for rate in rates])
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
+        maybe_install_capturing_hooks(
+            self
+        )  # by default at the first request for maps, which torch.compile cannot trace
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)

@@ -1,0 +1,44 @@
+"""The demo page: `python app.py` opens it on the bundled model, `--model FOLDER_OR_HUB_ID` on another one."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--model",
+        default=os.environ.get("MODEL_ID") or None,
+        help="model folder or Hub id; left out, the environment variable MODEL_ID or the model in the checkout",
+    )
+    name = parser.parse_args().model
+
+    try:
+        from vit_cifar.demo.page import LAUNCH_OPTIONS, build_page
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        fail('the page needs gradio: pip install "vit-cifar[demo]"')
+    from transformers.utils import logging
+
+    from vit_cifar.models import DEFAULT_MODEL, ModelError, load_model
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        model, processor = load_model(name)
+    except ModelError as error:
+        fail(str(error))
+    build_page(model, processor, f"Where {Path(name or DEFAULT_MODEL).resolve().name} looks").launch(**LAUNCH_OPTIONS)
+
+
+def fail(reason: str) -> NoReturn:
+    print(f"app.py: {reason}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
