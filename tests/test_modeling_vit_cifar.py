@@ -227,8 +227,10 @@ def test_rows_sum_to_one_in_training_with_dropout_too():
         assert_near(attention.sum(-1), torch.ones(3, 4, 65))
 
 
-def test_attention_dropout_acts_in_training_only():
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_attention_dropout_acts_in_training_only(implementation):
     model, pixel_values = build(attention_probs_dropout_prob=0.5), images()
+    model.set_attn_implementation(implementation)
     assert torch.equal(model(pixel_values).logits, model(pixel_values).logits)
     model.train()
     assert not torch.equal(model(pixel_values).logits, model(pixel_values).logits)

@@ -48,9 +48,7 @@ CSS = """
 """
 
 # Fonts by name only, so that the page asks no other server for anything; teal dark enough for white text.
-THEME = gr.themes.Base(
-    primary_hue="teal", font=[gr.themes.GoogleFont("Inter")], font_mono=["system-ui", "sans-serif"]
-).set(
+THEME = gr.themes.Base(primary_hue="teal", font=["system-ui", "sans-serif"], font_mono=["system-ui", "sans-serif"]).set(
     button_primary_background_fill="*primary_700",
     button_primary_background_fill_dark="*primary_700",
     button_primary_background_fill_hover="*primary_800",
