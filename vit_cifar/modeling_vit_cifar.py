@@ -98,9 +98,8 @@ class ViTCifarPatchEmbeddings(nn.Module):
             return self.projection(pixel_values).flatten(2).transpose(1, 2)  # (B, D, h, w) -> (B, h * w, D)
         size = self.patch_size
         patches = pixel_values.reshape(batch, channels, height // size, size, width // size, size)
-        patches = (
-            patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
-        )  # (B, C, h, P, w, P) -> (B, h * w, P * P * C)
+        # (B, C, h, P, w, P) -> (B, h * w, P * P * C)
+        patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
         return self.projection(patches)
 
 
@@ -134,17 +133,15 @@ class ViTCifarEmbeddings(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         tokens = self.patch_embeddings(pixel_values)
-        tokens = torch.cat(
-            [self.cls_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], dim=1
-        )  # (B, N, D)
+        cls_token = self.cls_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype)
+        tokens = torch.cat([cls_token, tokens], dim=1)  # (B, N, D)
         tokens = tokens + self.positions(*pixel_values.shape[-2:])
         if self.training and self.patch_drop_rate > 0:
             batch, num_patches = tokens.shape[0], tokens.shape[1] - 1
             kept = max(1, round(num_patches * (1 - self.patch_drop_rate)))
             order = torch.rand(batch, num_patches, device=tokens.device).argsort(dim=1)[:, :kept] + 1
-            tokens = torch.cat(
-                [tokens[:, :1], tokens.gather(1, order[..., None].expand(-1, -1, tokens.shape[-1]))], dim=1
-            )
+            patches = tokens.gather(1, order[..., None].expand(-1, -1, tokens.shape[-1]))
+            tokens = torch.cat([tokens[:, :1], patches], dim=1)
         return self.dropout(tokens)
 
 
@@ -294,9 +291,8 @@ class ViTCifarModel(ViTCifarPreTrainedModel):
         self.layers = nn.ModuleList([ViTCifarLayer(config, rate) for rate in rates])
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
-        maybe_install_capturing_hooks(
-            self
-        )  # by default at the first request for maps, which torch.compile cannot trace
+        # transformers does this at the first request for maps, which torch.compile cannot trace.
+        maybe_install_capturing_hooks(self)
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)

@@ -39,9 +39,10 @@ def load_model(
         config = AutoConfig.from_pretrained(name, revision=revision)
         if not isinstance(config, ViTCifarConfig):
             raise ModelError(f"model: expected type {ViTCifarConfig.model_type}, got {config.model_type} in {name}")
+        # Mismatched weights are let in so that they can be refused below by name.
         model, info = ViTCifarForImageClassification.from_pretrained(
             name, revision=revision, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=True
-        )  # mismatched weights are refused below, by name
+        )
         processor = ViTImageProcessor.from_pretrained(name, revision=revision)
     except ModelError:
         raise

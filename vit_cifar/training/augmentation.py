@@ -54,10 +54,9 @@ class Augmentation:
         down, right, flip, row, column = self.draws(epoch)[sample_index.cpu()].to(device)[..., None].unbind(1)  # (B, 1)
 
         span = 2 * self.max_shift + 1
-        rows = (
-            torch.arange(height, device=device) + (down * span).long() - self.max_shift
-        )  # (B, H), where pixels come from
-        columns = torch.arange(width, device=device) + (right * span).long() - self.max_shift  # (B, W)
+        # Where the pixels come from: (B, H) and (B, W).
+        rows = torch.arange(height, device=device) + (down * span).long() - self.max_shift
+        columns = torch.arange(width, device=device) + (right * span).long() - self.max_shift
         if self.flip != "none":
             columns = torch.where(flip < 0.5, width - 1 - columns, columns)
         in_rows, in_columns = (rows >= 0) & (rows < height), (columns >= 0) & (columns < width)
