@@ -9,8 +9,9 @@ from helpers import ROOT, run
 
 import vit_cifar
 from vit_cifar.evaluation.metrics import evaluate
-from vit_cifar.evaluation.records import read_record, results_table
+from vit_cifar.evaluation.records import read_record, results_table, time_and_machine
 from vit_cifar.models import BUNDLED_MODELS, load_model
+from vit_cifar.training.arguments import RECIPES
 from vit_cifar.training.data import load_split
 
 FOLDERS = sorted(BUNDLED_MODELS.iterdir())
@@ -42,6 +43,14 @@ def test_readme_has_the_records_numbers():
     records = {folder.name: read_record(folder) for folder in FOLDERS}
     table = results_table(records)
     assert table in (ROOT / "README.md").read_text(), f"README's table is not that of the records:\n{table}"
+
+
+def test_a_recipes_header_has_the_records_numbers():
+    for folder in FOLDERS:
+        record = read_record(folder)
+        recipe = (RECIPES / f"{record['recipe']}.yaml").read_text()
+        line = f"{record['test_accuracy']:.2%} on {record['dataset']['name']}, {time_and_machine(record)}"
+        assert line in recipe, f"the header of recipe {record['recipe']} is not that of the record: {line}"
 
 
 @pytest.mark.slow

@@ -106,20 +106,23 @@ def plot_losses(record: dict, path: str | Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def time_and_machine(record: dict) -> str:
+    """As in "44 min on 2 CPU cores, bf16 autocast"."""
+    hardware = record["hardware"]
+    machine = hardware.get("gpu") or f"{hardware['cores']} CPU cores"
+    return f"{record['wall_time_seconds'] / 60:.0f} min on {machine}, {record['number_format']}"
+
+
 def results_table(records: dict[str, dict]) -> str:
-    """README's results, one row a model, as Markdown: name of its folder -> record."""
-    lines = [
-        "| model | parameters | passes | test accuracy | dataset | time, hardware | command |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    """README's results as Markdown, from {name of the folder: record}: a row each, and below them the commands."""
+    rows = ["| model | parameters | passes | test accuracy | time | dataset |", "|---|---|---|---|---|---|"]
+    commands = []
     for name, record in records.items():
-        link = f"[{name}](hub_card/models/{name}/{RECORD_NAME})"
-        hardware = record["hardware"]
-        machine = hardware.get("gpu") or f"{hardware['cores']} CPU cores"
-        lines.append(
-            f"| {link} | {record['parameters']:,} | {record['arguments']['num_train_epochs']:g} "
-            f"| {record['test_accuracy']:.2%} (n = 1, seed {record['seed']}) | {record['dataset']['name']} "
-            f"| {record['wall_time_seconds'] / 60:.0f} min, {machine}, {record['number_format']} "
-            f"| `{record['command']}` |"
+        accuracy = f"{record['test_accuracy']:.2%} (n = 1, seed {record['seed']})"
+        rows.append(
+            f"| [{name}](hub_card/models/{name}/{RECORD_NAME}) | {record['parameters']:,} "
+            f"| {record['arguments']['num_train_epochs']:g} | {accuracy} | {time_and_machine(record)} "
+            f"| {record['dataset']['name']} |"
         )
-    return "\n".join(lines)
+        commands.append(f"{name}: `{record['command']}`")
+    return "\n".join([*rows, "", *commands])
