@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import NoReturn
 
@@ -28,6 +29,7 @@ def main() -> None:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", module="PIL")  # of damaged uploads: the page says what the user needs
     try:
         model, processor = load_model(name)
     except ModelError as error:

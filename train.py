@@ -4,7 +4,6 @@ python train.py --recipe nano --output_dir runs/nano
 python train.py --help
 """
 
-import shlex
 import sys
 from pathlib import Path
 
@@ -16,33 +15,45 @@ from vit_cifar import ViTCifarConfig, ViTCifarForImageClassification
 from vit_cifar.evaluation import records
 from vit_cifar.evaluation.metrics import evaluate
 from vit_cifar.training.arguments import RecipeArguments, parse_arguments
-from vit_cifar.training.data import CIFAR10_MEAN, CIFAR10_STD, ImageDataset, load_split, split_off_validation
-from vit_cifar.training.trainer import ViTCifarTrainer, describe_parameters, newest_checkpoint
+from vit_cifar.training.data import (
+    CIFAR10_MEAN,
+    CIFAR10_STD,
+    DataError,
+    ImageDataset,
+    load_rows,
+    load_split,
+    split_off_validation,
+)
+from vit_cifar.training.trainer import ViTCifarTrainer, checkpoint_step, describe_parameters, newest_checkpoint
 
 
 def main(argv: list[str]) -> None:
     recipe, args, parser = parse_arguments(argv)
+    commit = records.git_commit(Path(__file__).parent)  # before training: a checkout may move on meanwhile
     try:
         checkpoint = find_checkpoint(args)
+        resumed_from_step = checkpoint_step(checkpoint) if checkpoint else None
         image_size = ViTCifarConfig(**recipe.model).image_size
+        load_rows(recipe.dataset_name, "test")  # there is one; its images wait for the end
         train_set, validation_set = load_training_data(recipe, image_size)
         set_seed(args.seed)
         config = ViTCifarConfig(**recipe.model, id2label=dict(enumerate(train_set.classes)))
         attention = recipe.attn_implementation or ("eager" if args.bf16 and args.device.type == "cpu" else "sdpa")
         model = ViTCifarForImageClassification._from_config(config, attn_implementation=attention)
-    except (ValueError, StrictDataclassError) as error:
+        trainer = ViTCifarTrainer(model, args, recipe, train_set, validation_set, CIFAR10_MEAN, CIFAR10_STD)
+    except (ValueError, ImportError, RuntimeError, StrictDataclassError) as error:
         parser.error(" ".join(str(error).split()))
 
     size = {"height": image_size, "width": image_size}
     processor = ViTImageProcessor(
         size=size, image_mean=CIFAR10_MEAN, image_std=CIFAR10_STD, resample=3, do_convert_rgb=True
     )
-    trainer = ViTCifarTrainer(model, args, recipe, train_set, validation_set, CIFAR10_MEAN, CIFAR10_STD)
     number_format = "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else "float32"
     print(describe_parameters(model, recipe))
     print(f"{len(train_set):,} training and {len(validation_set):,} validation images on {args.device}")
     print(f"{number_format}, {attention} attention")
     result = trainer.train(resume_from_checkpoint=checkpoint)
+    epochs_trained = trainer.state.epoch
     if not trainer.is_world_process_zero():
         return
     model.save_pretrained(args.output_dir)
@@ -51,25 +62,26 @@ def main(argv: list[str]) -> None:
 
     # From here on only the folder counts: loaded again, as a user will, it gives the numbers of the record.
     model = ViTCifarForImageClassification.from_pretrained(args.output_dir).to(args.device)
-    test_set = load_data(recipe, "test", image_size)  # the one time that the test split is read
-    validation, test = (evaluate(model, processor, dataset) for dataset in (validation_set, test_set))
+    try:
+        test_set = load_data(recipe, "test", image_size)  # the one time that the test split is read
+        validation, test = (evaluate(model, processor, dataset) for dataset in (validation_set, test_set))
+    except DataError as error:
+        parser.error(f"the model is trained and saved in {args.output_dir}, but has no record: {error}")
 
     state = trainer.state
-    resumed_from_step = int(checkpoint.rpartition("-")[2]) if checkpoint else None
     steps = state.global_step - (resumed_from_step or 0)
     batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    kept_step = state.best_global_step if args.load_best_model_at_end and state.best_global_step else state.global_step
+    selected = args.load_best_model_at_end and state.best_global_step
+    kept_step = state.best_global_step if selected else state.global_step
     arguments = vars(recipe) | args.to_dict()
     local = Path(recipe.dataset_name).exists()
     dataset_name = recipe.dataset_title or (Path(recipe.dataset_name).resolve().name if local else recipe.dataset_name)
-    # A folder of one machine says nothing to a reader: the record has the dataset's title in its place.
-    command = [dataset_name if word == recipe.dataset_name else word for word in ["python", "train.py", *argv]]
     record = {
         "recipe": recipe.recipe,
-        "command": shlex.join(command),
+        "command": records.public_command(["python", "train.py", *argv], dataset_name),
         "arguments": arguments | {"dataset_name": dataset_name},
         "parameters": model.num_parameters(),
-        "git_commit": records.git_commit(Path(__file__).parent),
+        "git_commit": commit,
         "versions": records.versions(),
         "hardware": records.hardware(),
         "number_format": number_format,
@@ -82,10 +94,11 @@ def main(argv: list[str]) -> None:
             "images": {"train": len(train_set), "validation": len(validation_set), "test": len(test_set)},
         },
         "epochs": records.epoch_log(state.log_history),
-        "kept_epoch": round(kept_step / state.max_steps * state.num_train_epochs, 2),
-        "epoch_selected_on": "validation" if recipe.validation_size else "test",
+        "kept_epoch": round(kept_step / state.global_step * epochs_trained, 2),
+        "epoch_selected_on": ("validation" if recipe.validation_size else "test") if selected else None,
         "resumed_from_step": resumed_from_step,  # the training loss of a resumed epoch is that of its second part
         "wall_time_seconds": round(wall_time, 1),
+        # Evaluation and saving are in the time.
         "images_per_second": round(steps * batch_size / result.metrics["train_runtime"], 1),
         "validation_accuracy": validation.accuracy,
         "validation_loss": validation.loss,
@@ -122,10 +135,8 @@ def find_checkpoint(args: TrainingArguments) -> str | None:
             )
         return None
     checkpoint = newest_checkpoint(args.output_dir) if wanted == "last" else wanted
-    if checkpoint is None or not Path(checkpoint).is_dir():
-        raise ValueError(
-            f"resume_from_checkpoint: expected a whole checkpoint in {output_dir}, got {checkpoint or 'none'}"
-        )
+    if checkpoint is None:
+        raise ValueError(f"resume_from_checkpoint: expected a whole checkpoint in {output_dir}, got none")
     return checkpoint
 
 

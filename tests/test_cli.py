@@ -57,8 +57,10 @@ def test_evaluate_prints_accuracy_and_each_class(smoke_folder):
 def test_users_errors_are_one_line_and_exit_code_2(images, tiny_model_folder, tmp_path):
     text = tmp_path / "text.png"
     text.write_text("no image")
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "huge.png")
     for arguments, message in (
         (["predict", text, "--model", tiny_model_folder], "expected an image"),
+        (["predict", tmp_path / "huge.png", "--model", tiny_model_folder], "expected at most 50,000,000 pixels"),
         (["predict", images[0], tmp_path / "nothing.png", "--model", tiny_model_folder], "no such file"),
         (["predict", images[0], "--model", tmp_path / "nowhere"], "no such folder"),
         (["evaluate", tiny_model_folder, "--dataset_name", tmp_path / "nowhere"], "dataset_name: expected"),

@@ -46,6 +46,8 @@ def test_the_record_is_whole(smoke_folder):
         assert set(row) == {"epoch", "training_loss", "validation_loss", "validation_accuracy"}
     assert record["epochs"][-1]["training_loss"] < record["epochs"][0]["training_loss"]
     assert record["kept_epoch"] == 10
+    assert record["epoch_selected_on"] is None
+    assert record["epochs"][-1]["validation_loss"] == pytest.approx(record["validation_loss"], abs=0.01)
     assert record["wall_time_seconds"] > 0 and record["images_per_second"] > 0
     assert record["weights_sha256"] == weights_sha256(smoke_folder)
     assert {"torch", "transformers", "python"} <= set(record["versions"])
@@ -119,7 +121,7 @@ def test_resume_from_the_middle_of_an_epoch_by_name(smoke_folder, tmp_path):
     folder = tmp_path / "run"
     first = train("--recipe", "smoke", "--output_dir", folder, "--save_total_limit", "100")
     assert first.returncode == 0, first.stderr
-    checkpoint = folder / "checkpoint-45"
+    checkpoint = f"{folder}/checkpoint-45/"  # as a shell completes it
     again = train("--recipe", "smoke", "--output_dir", tmp_path / "again", "--resume_from_checkpoint", checkpoint)
     assert again.returncode == 0, again.stderr
     assert weights_sha256(tmp_path / "again") == weights_sha256(folder) == weights_sha256(smoke_folder)
@@ -129,10 +131,11 @@ def test_a_cut_newest_checkpoint_is_passed_over(smoke_folder, tmp_path):
     folder = tmp_path / "run"
     assert train("--recipe", "smoke", "--output_dir", folder).returncode == 0
     (folder / "model.safetensors").unlink()
+    (folder / "checkpoint-95-backup").mkdir()
     (folder / "checkpoint-100" / "trainer_state.json").write_text('{"epoch": 10.0, "glo')
     resumed = train("--recipe", "smoke", "--output_dir", folder, "--resume_from_checkpoint")
     assert resumed.returncode == 0, resumed.stderr
-    assert "checkpoint-100 is not whole" in resumed.stdout
+    assert "passed over" in resumed.stdout and "checkpoint-100" in resumed.stdout
     assert weights_sha256(folder) == weights_sha256(smoke_folder)
 
 
@@ -154,6 +157,9 @@ def test_a_finished_training_is_not_overwritten(smoke_folder):
         (["--config_overrides", "hiden_size=33"], "hiden_size: expected a field of ViTCifarConfig"),
         (["--config_overrides", "hidden_size=wide"], "Field 'hidden_size' expected int, got str"),
         (["--attn_implementation", "magic"], "magic"),
+        (["--attn_implementation", "flash_attention_2"], "FlashAttention2"),
+        (["--report_to", "tensorbord"], "tensorbord"),
+        (["--resume_from_checkpoint", "nowhere"], "resume_from_checkpoint: expected a whole checkpoint, got nowhere"),
         (["--resume_from_checkpoint"], "resume_from_checkpoint: expected a whole checkpoint"),
     ],
 )
@@ -180,6 +186,24 @@ def test_early_stopping_best_model_and_tensorboard(tmp_path):
     accuracies = [row["validation_accuracy"] for row in record["epochs"]]
     assert accuracies[round(record["kept_epoch"]) - 1] == max(accuracies)
     assert list(Path(folder).rglob("events.out.tfevents*"))
+
+
+def test_the_tutorials_training_in_small(tmp_path):
+    """Adam, all training images, and the epoch of the lowest loss on the test split from an epoch on."""
+    finished = train(
+        *("--recipe", "smoke", "--output_dir", tmp_path / "run", "--optimizer", "adam", "--validation_size", "0"),
+        *("--save_strategy", "epoch", "--load_best_model_at_end", "--metric_for_best_model", "loss"),
+        # Nothing is learned, so no epoch is better than another: without the rule, the first would be kept.
+        *("--first_eligible_epoch", "4", "--num_train_epochs", "6", "--learning_rate", "0"),
+        *("--config_overrides", "patch_embedding=conv"),
+    )
+    assert finished.returncode == 0, finished.stderr
+    record = read_record(tmp_path / "run")
+    assert len({row["validation_loss"] for row in record["epochs"]}) == 1
+    assert record["kept_epoch"] == 4
+    assert record["epoch_selected_on"] == "test"
+    assert record["dataset"]["images"]["train"] == 300
+    assert "not decayed: 0 in 0 tensors\n" in finished.stdout
 
 
 def test_adamw_and_no_augmentation_are_one_argument_away(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -84,10 +85,15 @@ def main() -> None:
 
     logging.disable_progress_bar()  # of loading a small file; decoding keeps its own
     logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", module="PIL")  # of damaged files: the error says what the user needs
     try:
         app()
-    except ValueError as error:  # ImageError, ModelError, DataError: each a line for the user
-        if type(error) is ValueError:
+    except ValueError as error:
+        from .images import ImageError
+        from .models import ModelError
+        from .training.data import DataError
+
+        if not isinstance(error, ImageError | ModelError | DataError):
             raise
         print(f"vit-cifar: {error}", file=sys.stderr)
         sys.exit(2)

@@ -10,6 +10,11 @@ from PIL import Image, ImageOps
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # what Pillow reads without running other programs
 MAX_PIXELS = 50_000_000
+# What Pillow raises, depending on format and damage, where a file is not an image.
+UNREADABLE = (
+    *(OSError, ValueError, TypeError, SyntaxError, EOFError, ArithmeticError, LookupError, struct.error),
+    Image.DecompressionBombError,
+)
 
 
 class ImageError(ValueError):
@@ -37,12 +42,12 @@ def open_image(source: str | Path | bytes | BinaryIO) -> Image.Image:
         raise ImageError(f"{name}: expected an image file, got no such file") from error
     except ImageError:
         raise
-    except (OSError, ValueError, TypeError, SyntaxError, EOFError, ArithmeticError, LookupError, struct.error) as error:
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{name}: expected at most {MAX_PIXELS:,} pixels, got far more") from error
+    except UNREADABLE as error:
         raise ImageError(
             f"{name}: expected an image ({', '.join(FORMATS)}), got something that cannot be read"
         ) from error
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"{name}: expected at most {MAX_PIXELS:,} pixels, got far more") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -36,7 +36,8 @@ def load_model(
     try:
         if not Path(name).is_dir():
             validate_repo_id(name)
-        config = AutoConfig.from_pretrained(name, revision=revision)
+        # The package's own classes only: nobody is asked whether to run a stranger's code.
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
         if not isinstance(config, ViTCifarConfig):
             raise ModelError(f"model: expected type {ViTCifarConfig.model_type}, got {config.model_type} in {name}")
         # Mismatched weights are let in so that they can be refused below by name.

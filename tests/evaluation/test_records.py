@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 
-from vit_cifar.evaluation.records import epoch_log, git_commit, read_record, write_record
+from vit_cifar.evaluation.records import epoch_log, git_commit, public_command, read_record, write_record
 
 
 def test_a_record_belongs_to_its_weights(smoke_folder, tmp_path):
@@ -35,6 +35,18 @@ def test_epoch_log_joins_what_trainer_logs_apart():
         {"epoch": 1, "training_loss": 2.0, "validation_loss": 1.5, "validation_accuracy": 0.5},
         {"epoch": 2, "training_loss": 1.0, "validation_loss": 1.2, "validation_accuracy": 0.6},
     ]
+
+
+def test_epoch_log_averages_what_is_logged_within_an_epoch():
+    history = [{"epoch": epoch, "loss": loss} for epoch, loss in ((0.5, 4.0), (1.0, 2.0), (1.5, 1.0), (2.0000001, 0.5))]
+    assert epoch_log(history) == [{"epoch": 1, "training_loss": 3.0}, {"epoch": 2, "training_loss": 0.75}]
+
+
+@pytest.mark.parametrize("form", [["--dataset_name", "/a/folder"], ["--dataset-name=/a/folder"]])
+def test_a_public_command_names_no_folder_of_a_machine(form):
+    command = public_command(["train.py", "--recipe", "nano", *form], "cifar10-jpeg-q75")
+    assert "/a/folder" not in command
+    assert command.startswith("train.py --recipe nano --dataset_name") and command.endswith("cifar10-jpeg-q75")
 
 
 def test_no_commit_outside_a_checkout(tmp_path):

@@ -96,6 +96,10 @@ def test_tutorial_recipes_are_the_tutorials(tmp_path):
             ["--recipe", "smoke", "--output_dir", "x", "--early_stopping_patience", "1"],
             "early_stopping_patience: expected",
         ),
+        (
+            ["--recipe", "nano", "--output_dir", "x", "--bf16", "0", "--fp16"],
+            "optimizer: expected bf16 or float32 for muon",
+        ),
         (["--recipe", "nano", "--output_dir", "x", "--nonsense", "1"], ".*--nonsense"),
     ],
 )
@@ -109,6 +113,10 @@ def test_wrong_commands_end_with_one_line(capsys, argv, message):
         ("learnign_rate: 1", "recipe: expected names of arguments .* got learnign_rate"),
         ("- a list", "recipe: expected arguments as `name: value` in .* got list"),
         ("a: [", "recipe: expected a YAML file"),
+        ("model: nano", "recipe: expected config fields under model in .* got 'nano'"),
+        ("flip: diagonal", "flip: expected one of none, random, alternating, got 'diagonal'"),
+        ("optimizer: mun", "optimizer: expected one of muon, adam, trainer, got 'mun'"),
+        ("max_shift: -1", "max_shift: expected a whole number of at least 0, got -1"),
     ],
 )
 def test_wrong_recipe_files_end_with_one_line(capsys, tmp_path, text, message):

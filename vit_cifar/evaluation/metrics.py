@@ -51,11 +51,13 @@ def evaluate(
     count = len(names)
     confusion = torch.bincount(dataset.labels * count + logits.argmax(-1), minlength=count**2).view(count, count)
     per_class = {
-        name: row[i] / row.sum() for i, (name, row) in enumerate(zip(names, confusion, strict=True)) if row.sum()
+        name: row[i].item() / row.sum().item()
+        for i, (name, row) in enumerate(zip(names, confusion, strict=True))
+        if row.sum()
     }
     return Evaluation(
-        accuracy=(confusion.trace() / len(dataset)).item(),
+        accuracy=confusion.trace().item() / len(dataset),
         loss=torch.nn.functional.cross_entropy(logits, dataset.labels).item(),
-        per_class={name: value.item() for name, value in per_class.items()},
+        per_class=per_class,
         confusion=confusion,
     )

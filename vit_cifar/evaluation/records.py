@@ -3,8 +3,10 @@
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -80,14 +82,31 @@ def git_commit(folder: str | Path) -> str | None:
     return commit.stdout.strip() + ("+changes" if git("status", "--porcelain", "--untracked-files=no").stdout else "")
 
 
+def public_command(words: list[str], dataset_name: str) -> str:
+    """The command as a reader can use it: a folder of one machine gives way to the name of the dataset."""
+    words = list(words)
+    for i, word in enumerate(words):
+        if words[i - 1] in ("--dataset_name", "--dataset-name"):
+            words[i] = dataset_name
+        elif word.startswith(("--dataset_name=", "--dataset-name=")):
+            words[i] = f"--dataset_name={dataset_name}"
+    return shlex.join(words)
+
+
 def epoch_log(log_history: list[dict]) -> list[dict]:
-    """Trainer's log -> one row an epoch: epoch, training_loss, validation_loss, validation_accuracy."""
+    """Trainer's log -> one row an epoch: epoch, training_loss, validation_loss, validation_accuracy (means of it)."""
     names = {"loss": "training_loss", "eval_loss": "validation_loss", "eval_accuracy": "validation_accuracy"}
-    rows: dict[int, dict] = {}
+    values: dict[int, dict[str, list[float]]] = {}
     for entry in log_history:
-        row = rows.setdefault(round(entry["epoch"]), {"epoch": round(entry["epoch"])})
-        row.update({name: entry[key] for key, name in names.items() if key in entry})
-    return [rows[epoch] for epoch in sorted(rows) if len(rows[epoch]) > 1]
+        epoch = values.setdefault(math.ceil(round(entry["epoch"], 6)), {})  # 0.5 is the middle of the first one
+        for key, name in names.items():
+            if key in entry:
+                epoch.setdefault(name, []).append(entry[key])
+    return [
+        {"epoch": epoch} | {name: sum(found) / len(found) for name, found in values[epoch].items()}
+        for epoch in sorted(values)
+        if values[epoch]
+    ]
 
 
 def plot_losses(record: dict, path: str | Path) -> None:
@@ -96,9 +115,14 @@ def plot_losses(record: dict, path: str | Path) -> None:
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
-    for name in ("training_loss", "validation_loss"):
+    smoothing = record["arguments"]["label_smoothing_factor"]
+    labels = {
+        "training_loss": f"training loss, augmented, label smoothing {smoothing:g}",
+        "validation_loss": "validation loss",
+    }
+    for name in labels:
         points = [(row["epoch"], row[name]) for row in record["epochs"] if name in row]
-        axes.plot(*zip(*points, strict=True), marker=".", label=name.replace("_", " "))
+        axes.plot(*zip(*points, strict=True), marker=".", label=labels[name])
     kept = record["kept_epoch"]
     axes.axvline(kept, color="0.5", linestyle=":", label=f"kept: epoch {kept:g}")
     axes.set(xlabel="epoch", ylabel="cross-entropy (nats)", title=f"{record['recipe']} on {record['dataset']['name']}")

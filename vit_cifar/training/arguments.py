@@ -3,7 +3,7 @@
 import argparse
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import yaml
@@ -66,6 +66,17 @@ class RecipeArguments:
     )
     first_eligible_epoch: int = field(default=0, metadata={"help": "the first epoch that can be kept as the best"})
 
+    def __post_init__(self) -> None:
+        # argparse checks what the command line says, not what a recipe does.
+        for name in ("flip", "shift_fill", "optimizer"):
+            words = get_args(type(self).__annotations__[name])
+            if getattr(self, name) not in words:
+                raise ValueError(f"{name}: expected one of {', '.join(words)}, got {getattr(self, name)!r}")
+        for name in ("validation_size", "max_shift", "cutout_size", "first_eligible_epoch"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name}: expected a whole number of at least 0, got {value!r}")
+
 
 @dataclass
 class ViTCifarTrainingArguments(TrainingArguments):
@@ -96,7 +107,7 @@ def parse_arguments(argv: list[str]) -> tuple[RecipeArguments, TrainingArguments
     parser.set_defaults(bf16=machine_supports_bf16(), dataloader_pin_memory=torch.cuda.is_available())
     parser.set_defaults(use_cpu=not torch.accelerator.is_available())  # else Trainer refuses bf16 on a CPU
     parser.set_defaults(remove_unused_columns=False, restore_callback_states_from_checkpoint=True)
-    parser.set_defaults(seed=0)  # records count seeds from 0
+    parser.set_defaults(logging_strategy="epoch")  # what a record's rows are made of
 
     if not {"-h", "--help"} & set(argv):
         first = argparse.ArgumentParser(add_help=False, prog=parser.prog, usage=parser.usage)
@@ -112,6 +123,8 @@ def parse_arguments(argv: list[str]) -> tuple[RecipeArguments, TrainingArguments
         parser.error(str(error).strip().splitlines()[0])
     if recipe_args.early_stopping_patience is not None and not training_args.load_best_model_at_end:
         parser.error("early_stopping_patience: expected --load_best_model_at_end with it, got none")
+    if recipe_args.optimizer == "muon" and training_args.fp16:
+        parser.error("optimizer: expected bf16 or float32 for muon, got fp16")  # its scaler knows nothing of the views
     if training_args.push_to_hub:
         parser.error("push_to_hub: training never publishes; publish a trained folder with `vit-cifar publish`")
     return recipe_args, training_args, parser
@@ -131,6 +144,8 @@ def _read_recipe(name: str, parser: argparse.ArgumentParser) -> dict:
         parser.error(f"recipe: expected a YAML file, got {name!r}: {' '.join(str(error).split())}")
     if not isinstance(recipe, dict):
         parser.error(f"recipe: expected arguments as `name: value` in {name!r}, got {type(recipe).__name__}")
+    if not isinstance(recipe.get("model", {}), dict):
+        parser.error(f"recipe: expected config fields under model in {name!r}, got {recipe['model']!r}")
     unknown = set(recipe) - {action.dest for action in parser._actions} - {"model"}
     if unknown:
         parser.error(f"recipe: expected names of arguments (see --help) in {name!r}, got {', '.join(sorted(unknown))}")

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import datasets
 import torch
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 from tqdm.auto import tqdm
+
+from ..images import UNREADABLE
 
 CIFAR10_NAME = "uoft-cs/cifar10"
 CIFAR10_MEAN = [0.4914, 0.4822, 0.4465]  # per channel, of pixels scaled to 0..1: the tutorial's numbers
@@ -68,6 +69,25 @@ def normalize(images: torch.Tensor, mean: list[float], std: list[float]) -> torc
     return F.normalize(F.to_dtype(images, torch.float32, scale=True), mean=mean, std=std)
 
 
+def load_rows(dataset_name: str, split: str) -> datasets.Dataset:
+    """The rows of a split, nothing decoded yet.
+
+    Raises:
+        DataError: no such dataset or split, or an empty split.
+    """
+    source = str(SAMPLE_FOLDER) if dataset_name == SAMPLE_NAME else dataset_name
+    try:
+        rows = datasets.load_dataset(source)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if "corresponds to no data" in reason:  # what `datasets` says of a split without rows
+            raise DataError(f"{dataset_name}: expected rows in every split, got an empty split: {reason}") from error
+        raise DataError(f"dataset_name: expected a dataset on the Hub or a folder, got {source!r}: {reason}") from error
+    if split not in rows:
+        raise DataError(f"split: expected one of {', '.join(rows)} in {dataset_name}, got {split!r}")
+    return rows[split]
+
+
 def load_split(
     dataset_name: str,
     split: str,
@@ -87,17 +107,7 @@ def load_split(
         DataError: no such dataset, split or column, an empty split, a row whose image cannot be decoded or whose
             label is missing or not one of the classes.
     """
-    source = str(SAMPLE_FOLDER) if dataset_name == SAMPLE_NAME else dataset_name
-    try:
-        rows = datasets.load_dataset(source)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if "corresponds to no data" in reason:  # what `datasets` says of a split without rows
-            raise DataError(f"{dataset_name}: expected rows in every split, got an empty split: {reason}") from error
-        raise DataError(f"dataset_name: expected a dataset on the Hub or a folder, got {source!r}: {reason}") from error
-    if split not in rows:
-        raise DataError(f"split: expected one of {', '.join(rows)} in {dataset_name}, got {split!r}")
-    rows = rows[split]
+    rows = load_rows(dataset_name, split)
     image_column = _find_column(rows, image_column, datasets.Image, "image_column", split)
     label_column = _find_column(rows, label_column, datasets.ClassLabel, "label_column", split)
 
@@ -184,7 +194,7 @@ def _images(rows: datasets.Dataset, column: str, split: str, image_size: int) ->
     for row, value in enumerate(tqdm(encoded, desc=f"decoding {split}", unit=" images")):
         try:
             image = F.pil_to_tensor(decoder.decode_example(value[column]))
-        except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
+        except UNREADABLE as error:
             raise DataError(
                 f"split {split!r}, row {row}, column {column!r}: expected an image, got {_describe(value[column])}"
             ) from error

@@ -82,6 +82,15 @@ class ViTCifarTrainer(Trainer):
             fill=tuple(round(255 * value) for value in image_mean),
         )
 
+    def compute_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor], *args, **kwargs) -> torch.Tensor | tuple:
+        """Label smoothing is for training alone; the validation loss is the plain cross-entropy."""
+        smoother = self.label_smoother
+        self.label_smoother = smoother if model.training else None
+        try:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        finally:
+            self.label_smoother = smoother
+
     @property
     def clock(self) -> Clock:
         return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, Clock))
@@ -133,20 +142,35 @@ def describe_parameters(model: nn.Module, recipe: RecipeArguments) -> str:
     total = {
         key: sum(sizes[n] for n in names) for key, names in (("muon", by_muon), ("decay", decayed), ("kept", kept))
     }
+    what = " (biases, norms, class token, positions)" if kept else ""
     return (
         f"{sum(sizes.values()):,} parameters, {total['muon']:,} of them trained by Muon\n"
-        f"decayed: {total['decay']:,} in {len(decayed)} tensors; not decayed: {total['kept']:,} in {len(kept)} tensors "
-        "(biases, norms, class token, positions)"
+        f"decayed: {total['decay']:,} in {len(decayed)} tensors; "
+        f"not decayed: {total['kept']:,} in {len(kept)} tensors{what}"
     )
 
 
 def newest_checkpoint(output_dir: str) -> str | None:
-    """The newest whole checkpoint: its trainer_state.json, which is written last, can be read."""
+    """The newest whole checkpoint in a training's folder, or None."""
     checkpoints = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-    for folder in sorted(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+    endings = {path: path.name.rpartition("-")[2] for path in checkpoints}
+    numbered = {int(ending): path for path, ending in endings.items() if ending.isdigit()}
+    for step in sorted(numbered, reverse=True):
         try:
-            json.loads((folder / "trainer_state.json").read_text())
-            return str(folder)
-        except (OSError, json.JSONDecodeError) as error:
-            print(f"{folder} is not whole and is passed over: {error}")
+            checkpoint_step(numbered[step])
+            return str(numbered[step])
+        except ValueError as error:
+            print(f"passed over: {error}")
     return None
+
+
+def checkpoint_step(folder: str | Path) -> int:
+    """How many steps a checkpoint has behind it.
+
+    Raises:
+        ValueError: it is not whole: its trainer_state.json, which is written last, cannot be read.
+    """
+    try:
+        return json.loads((Path(folder) / "trainer_state.json").read_text())["global_step"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"resume_from_checkpoint: expected a whole checkpoint, got {folder}: {error}") from error
