@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from vit_cifar.explain.attention import cls_map
-from vit_cifar.explain.overlay import classic_overlay, colour_overlay
+from vit_cifar.explain.overlay import classic_overlay, colour_overlay, denormalize
 from vit_cifar.models import load_model
 
 EXAMPLES = Path(__file__).parents[1] / "vit_cifar" / "demo" / "assets" / "examples"
@@ -24,8 +24,7 @@ def main() -> None:
     with torch.inference_mode():
         outputs = model(pixels, output_attentions=True)
     maps = cls_map(outputs.attentions)
-    mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
-    images = (pixels * std + mean).clamp(0, 1)
+    images = denormalize(pixels, processor.image_mean, processor.image_std)
     scores, labels = outputs.logits.softmax(-1).max(-1)
 
     columns = {

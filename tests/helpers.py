@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,4 +26,16 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
         capture_output=True,
         text=True,
         timeout=500,
+    )
+
+
+def run_elsewhere(script: str, folder: Path, *arguments: object) -> subprocess.CompletedProcess:
+    """A Python script as a stranger runs it: in `folder`, offline, with a cache of its own for remote code."""
+    return subprocess.run(
+        [sys.executable, "-I", "-c", script, *map(str, arguments)],
+        cwd=folder,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(folder / "modules")},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )

@@ -144,7 +144,8 @@ def test_wrong_types_are_refused(fields):
 @pytest.mark.parametrize("probability", [0, 1, 0.0, 1.0])
 def test_both_ends_of_a_probability_are_fine(probability):
     fields = ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "patch_drop_rate")
-    ViTCifarConfig(**dict.fromkeys(fields, probability))
+    config = ViTCifarConfig(**dict.fromkeys(fields, probability))
+    assert [getattr(config, field) for field in fields] == [probability] * 4
 
 
 @pytest.mark.parametrize(
@@ -189,7 +190,7 @@ def test_a_near_miss_is_refused_and_the_field_named(keyword, meant):
     ],
 )
 def test_keywords_that_are_no_near_misses_pass(keyword):
-    ViTCifarConfig(**{keyword: None})
+    assert ViTCifarConfig(**{keyword: None}).hidden_size == ViTCifarConfig().hidden_size
 
 
 # Loading what a newer version wrote

@@ -3,16 +3,14 @@
 import copy
 import json
 import math
-import os
 import statistics
-import subprocess
-import sys
 import threading
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import run_elsewhere
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -648,15 +646,7 @@ torch.save(
 )
 """
     picture.save(tmp_path / "picture.png")
-    arguments = [str(folder), str(tmp_path / "picture.png"), str(tmp_path / "answer.pt")]
-    finished = subprocess.run(
-        [sys.executable, "-I", "-c", script, *arguments],
-        cwd=tmp_path,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    finished = run_elsewhere(script, tmp_path, folder, tmp_path / "picture.png", tmp_path / "answer.pt")
     assert finished.returncode == 0, finished.stderr
     answer = torch.load(tmp_path / "answer.pt")
     assert answer["modules"] == {"transformers_modules"}

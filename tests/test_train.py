@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, run
+from helpers import ROOT, run, run_elsewhere
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
@@ -75,14 +75,7 @@ model = AutoModelForImageClassification.from_pretrained(sys.argv[1], trust_remot
 attentions = model(torch.zeros(1, 3, 32, 32), output_attentions=True).attentions
 print(len(attentions), tuple(attentions[0].shape), model.config.id2label[3])
 """
-    finished = subprocess.run(
-        [sys.executable, "-c", script, str(smoke_folder)],
-        cwd=tmp_path,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    finished = run_elsewhere(script, tmp_path, smoke_folder)
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.strip() == "2 (1, 2, 65, 65) cat"
 

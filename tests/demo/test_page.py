@@ -328,7 +328,8 @@ def test_a_bad_file_in_a_browser(loaded, page, browser, tmp_path):
     (tmp_path / "words.png").write_text("these are words")
     visit.tab.set_input_files("#source input[type=file]", tmp_path / "words.png")
     visit.tab.get_by_text("the upload: expected an image").wait_for()  # in strict mode: one message, not two
-    visit.tab.wait_for_selector("#answer h2", state="detached")  # no answer to the picture before stays on the page
+    visit.tab.wait_for_selector("#answer h2", state="detached")
+    assert visit.tab.locator("#answer h2").count() == 0  # no answer to the picture before stays on the page
     visit.tab.get_by_role("button", name="ship icon").click()
     visit.tab.wait_for_selector("#answer h2")
     visit.wait_for_answer(truth(loaded, open_image(EXAMPLES / "ship.png"))[0])

@@ -2,7 +2,8 @@ import matplotlib
 import pytest
 import torch
 
-from vit_cifar.explain.overlay import classic_overlay, colour_overlay, upscale
+from vit_cifar.explain.overlay import classic_overlay, colour_overlay, denormalize, upscale
+from vit_cifar.training.data import normalize
 
 GENERATOR = torch.Generator().manual_seed(0)
 MAPS = torch.rand(3, 8, 8, generator=GENERATOR)
@@ -19,6 +20,12 @@ def slow_bilinear(grid: list[list[float]], y: int, x: int, size: int) -> float:
             weight = (1 - abs(top - i)) * (1 - abs(left - j))
             total += weight * grid[min(max(i, 0), cells - 1)][min(max(j, 0), cells - 1)]
     return total
+
+
+def test_denormalize_undoes_what_the_processor_does():
+    mean, std = [0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]
+    images = torch.randint(0, 256, (2, 3, 32, 32), generator=GENERATOR, dtype=torch.uint8)
+    torch.testing.assert_close(denormalize(normalize(images, mean, std), mean, std), images / 255)
 
 
 def test_classic_overlay_equals_its_six_steps_pixel_by_pixel():

@@ -8,7 +8,7 @@ from PIL import Image
 from transformers import ViTImageProcessor
 
 from ..explain.attention import cls_map
-from ..explain.overlay import classic_overlay, colour_overlay
+from ..explain.overlay import classic_overlay, colour_overlay, denormalize
 from ..images import ImageError, open_image
 from ..modeling_vit_cifar import ViTCifarForImageClassification
 
@@ -50,10 +50,10 @@ def look(
     pixel_values = processor(image, return_tensors="pt").pixel_values  # (1, 3, H, W)
     output = model(pixel_values.to(model.device, model.dtype), output_attentions=True)
     probabilities = output.logits[0].float().softmax(-1).tolist()
-    mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
     attentions = tuple(attention[:, :, :1].float().cpu() for attention in output.attentions)
     names = model.config.id2label
-    return {names[i]: p for i, p in enumerate(probabilities)}, Look((pixel_values * std + mean).clamp(0, 1), attentions)
+    image = denormalize(pixel_values, processor.image_mean, processor.image_std)
+    return {names[i]: p for i, p in enumerate(probabilities)}, Look(image, attentions)
 
 
 def attention_pictures(seen: Look, layer: int, head: int | str) -> tuple[Image.Image, Image.Image]:

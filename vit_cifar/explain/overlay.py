@@ -1,8 +1,16 @@
 """Map + image -> picture. Batches of float tensors in 0..1 in, the same out."""
 
+from collections.abc import Sequence
+
 import matplotlib
 import torch
 from torch.nn.functional import interpolate
+
+
+def denormalize(pixel_values: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """What an image processor made, (B, 3, H, W), back to 0..1: the images that the model sees."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
+    return (pixel_values * std + mean).clamp(0, 1)
 
 
 def upscale(attention_map: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
