@@ -91,6 +91,7 @@ def main(argv: list[str]) -> None:
             "name": dataset_name,
             "note": recipe.dataset_note,
             "fingerprints": {"train": train_set.fingerprint, "test": test_set.fingerprint},
+            "validation_from": "train" if recipe.validation_size else "test",
             "images": {"train": len(train_set), "validation": len(validation_set), "test": len(test_set)},
         },
         "epochs": records.epoch_log(state.log_history),
