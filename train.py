@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import TrainingArguments, ViTImageProcessor, set_seed
+from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from vit_cifar import ViTCifarConfig, ViTCifarForImageClassification
@@ -20,6 +20,7 @@ from vit_cifar.training.data import (
     CIFAR10_STD,
     DataError,
     ImageDataset,
+    image_processor,
     load_rows,
     load_split,
     split_off_validation,
@@ -44,10 +45,7 @@ def main(argv: list[str]) -> None:
     except (ValueError, ImportError, RuntimeError, StrictDataclassError) as error:
         parser.error(" ".join(str(error).split()))
 
-    size = {"height": image_size, "width": image_size}
-    processor = ViTImageProcessor(
-        size=size, image_mean=CIFAR10_MEAN, image_std=CIFAR10_STD, resample=3, do_convert_rgb=True
-    )
+    processor = image_processor(image_size)
     number_format = "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else "float32"
     print(describe_parameters(model, recipe))
     print(f"{len(train_set):,} training and {len(validation_set):,} validation images on {args.device}")

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import run, skip_or_fail
-from transformers import ViTImageProcessor
 
 from vit_cifar import ViTCifarConfig, ViTCifarForImageClassification
-from vit_cifar.training.data import CIFAR10_MEAN, CIFAR10_STD
+from vit_cifar.training.data import image_processor
 
 
 @pytest.fixture(scope="session")
@@ -20,13 +19,7 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = ViTCifarConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
     folder = tmp_path_factory.mktemp("tiny")
     ViTCifarForImageClassification(config).save_pretrained(folder)
-    ViTImageProcessor(
-        size={"height": 32, "width": 32},
-        image_mean=CIFAR10_MEAN,
-        image_std=CIFAR10_STD,
-        resample=3,
-        do_convert_rgb=True,
-    ).save_pretrained(folder)
+    image_processor().save_pretrained(folder)
     return folder
 
 

@@ -80,20 +80,35 @@ def evaluate(
         print(f"  {name:<12} {value:7.2%}")
 
 
+@app.command()
+def convert_tutorial(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="The tutorial's file, as in cifar_vit_pe_conv.pth.", show_default=False)
+    ],
+    output_dir: Annotated[Path, typer.Argument(help="A new folder for the model.", show_default=False)],
+) -> None:
+    """Turn a checkpoint of the tutorial into a model folder that from_pretrained loads."""
+    from .hub.convert_tutorial import convert_tutorial as convert
+
+    recipe, model = convert(checkpoint, output_dir)
+    print(f"{recipe}, {model.num_parameters():,} parameters: {output_dir}")
+
+
 def main() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of loading a small file; decoding keeps its own
     logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", module="PIL")  # of damaged files: the error says what the user needs
+    warnings.filterwarnings("ignore", module="PIL|torch")  # of damaged files: the error says what the user needs
     try:
         app()
     except ValueError as error:
+        from .hub.convert_tutorial import ConversionError
         from .images import ImageError
         from .models import ModelError
         from .training.data import DataError
 
-        if not isinstance(error, ImageError | ModelError | DataError):
+        if not isinstance(error, ConversionError | ImageError | ModelError | DataError):
             raise
         print(f"vit-cifar: {error}", file=sys.stderr)
         sys.exit(2)

@@ -134,6 +134,11 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
+def recipe_model(name: str) -> dict:
+    """The config fields of a shipped recipe's model."""
+    return yaml.safe_load((RECIPES / f"{name}.yaml").read_text())["model"]
+
+
 def _read_recipe(name: str, parser: argparse.ArgumentParser) -> dict:
     path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
     if not path.is_file():

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 from tqdm.auto import tqdm
+from transformers import ViTImageProcessor
 
 from ..images import UNREADABLE
 
@@ -67,6 +68,12 @@ def keep_batch(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def normalize(images: torch.Tensor, mean: list[float], std: list[float]) -> torch.Tensor:
     """uint8 (B, C, H, W) to float32, scaled to 0..1, minus mean, divided by std: what the image processor does."""
     return F.normalize(F.to_dtype(images, torch.float32, scale=True), mean=mean, std=std)
+
+
+def image_processor(image_size: int = 32) -> ViTImageProcessor:
+    """What a model folder carries to do to any image what training did to its own."""
+    size = {"height": image_size, "width": image_size}
+    return ViTImageProcessor(size=size, image_mean=CIFAR10_MEAN, image_std=CIFAR10_STD, resample=3, do_convert_rgb=True)
 
 
 def load_rows(dataset_name: str, split: str) -> datasets.Dataset:

@@ -1,0 +1,128 @@
+"""`vit-cifar convert-tutorial`: a checkpoint of the tutorial that this package grew out of -> a model folder.
+
+The tutorial saves `model.state_dict()` with torch.save. Its three models are those of the recipes tutorial_basic,
+tutorial_pe and tutorial_pe_conv; a checkpoint's keys tell which one it is.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+
+from ..configuration_vit_cifar import ViTCifarConfig
+from ..modeling_vit_cifar import ViTCifarForImageClassification
+from ..training.arguments import recipe_model
+from ..training.data import image_processor
+
+# What to replace, in this order, to get from our names to the tutorial's.
+RENAMES = (
+    ("vit.embeddings.position_embeddings", "patchembedding.positions"),
+    ("vit.embeddings.patch_embeddings.", "patchembedding."),
+    ("vit.embeddings.", "patchembedding."),
+    ("vit.layers.", "transformer."),
+    ("layernorm_before.", "work1.fn.0."),
+    ("attention.q_proj.", "work1.fn.1.query."),
+    ("attention.k_proj.", "work1.fn.1.key."),
+    ("attention.v_proj.", "work1.fn.1.value."),
+    ("layernorm_after.", "work2.fn.0."),
+    ("mlp.fc1.", "work2.fn.1.mlp.0."),
+    ("mlp.fc2.", "work2.fn.1.mlp.3."),  # 1 and 2 are GELU and dropout
+    ("vit.layernorm.", "mlp_head.0."),
+    ("classifier.", "mlp_head.1."),
+)
+
+
+class ConversionError(ValueError):
+    """A checkpoint that is not one of the tutorial's, or a folder that is taken; the message is one line."""
+
+
+def convert_tutorial(checkpoint: str | Path, output_dir: str | Path) -> tuple[str, ViTCifarForImageClassification]:
+    """Writes a checkpoint of the tutorial as a folder that `from_pretrained` loads: model, processor, remote code.
+
+    Args:
+        checkpoint: file with the tutorial's state dict; read with weights_only=True, so that it cannot run code.
+        output_dir: a new or empty folder. It appears whole or not at all.
+
+    Returns: the name of the recipe that describes the model, and the model.
+
+    Raises:
+        ConversionError: no such file, no state dict in it, keys that are missing, unexpected or of another shape than
+            the variant's, or an output_dir that holds something.
+    """
+    output_dir = Path(output_dir)
+    if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
+        raise ConversionError(
+            f"output_dir: expected a new or an empty folder, got {output_dir}, which is there already"
+        )
+    tensors = _read_state_dict(checkpoint)
+    if "patchembedding.projection.0.weight" in tensors:  # the convolution; in the others the linear layer comes second
+        recipe = "tutorial_pe_conv"
+    else:
+        recipe = "tutorial_basic" if "patchembedding.positions" in tensors else "tutorial_pe"
+    model = ViTCifarForImageClassification(ViTCifarConfig(**recipe_model(recipe)))
+    model.load_state_dict(_rename(tensors, model.state_dict(), recipe))
+
+    try:
+        output_dir.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}.") as scratch:
+            part = Path(scratch) / output_dir.name
+            model.save_pretrained(part)
+            image_processor(model.config.image_size).save_pretrained(part)
+            os.replace(part, output_dir)
+    except OSError as error:
+        raise ConversionError(
+            f"output_dir: expected a folder that can be written, got {output_dir}: {error}"
+        ) from error
+    return recipe, model.eval()
+
+
+def _read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
+    if not Path(path).is_file():
+        raise ConversionError(f"checkpoint: expected a file, got {path}: no such file")
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip and torch raise what they like on a file that is none of theirs
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ConversionError(f"checkpoint: expected a state dict saved by torch.save, got {path}: {reason}") from error
+    if not isinstance(tensors, dict):
+        raise ConversionError(f"checkpoint: expected a state dict, got {type(tensors).__name__} in {path}")
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise ConversionError(
+                f"checkpoint: expected a state dict with tensors alone, got {type(tensor).__name__} at {name!r}: {path}"
+            )
+    return tensors
+
+
+def _rename(tensors: dict[str, torch.Tensor], ours: dict[str, torch.Tensor], recipe: str) -> dict[str, torch.Tensor]:
+    """The tutorial's tensors under our names, in our shapes."""
+    theirs = {name: _tutorial_name(name, recipe) for name in ours}
+    shapes = {theirs[name]: tuple(tensor.shape) for name, tensor in ours.items()}
+    if "patchembedding.positions" in shapes:
+        shapes["patchembedding.positions"] = shapes["patchembedding.positions"][1:]  # it has no batch dimension
+    problems = {
+        "missing": [name for name in shapes if name not in tensors],
+        "unexpected": [name for name in tensors if name not in shapes],
+        "misshapen": [
+            f"{name} {tuple(tensors[name].shape)} instead of {shape}"
+            for name, shape in shapes.items()
+            if name in tensors and tuple(tensors[name].shape) != shape
+        ],
+    }
+    found = "; ".join(f"{kind}: {_some(names)}" for kind, names in problems.items() if names)
+    if found:
+        raise ConversionError(f"checkpoint: expected the {len(shapes)} tensors of {recipe}, got some {found}")
+    return {name: tensors[theirs[name]].view_as(ours[name]) for name in ours}
+
+
+def _tutorial_name(name: str, recipe: str) -> str:
+    for ours, theirs in RENAMES:
+        name = name.replace(ours, theirs)
+    place = 0 if recipe == "tutorial_pe_conv" else 1
+    return name.replace("patchembedding.projection.", f"patchembedding.projection.{place}.")
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
