@@ -37,7 +37,9 @@ def page() -> str:
     """README.md of this folder; every number in it comes from the records and the tutorial's losses."""
     theirs = reported()
     ours = {variant: record(f"tutorial_{variant}")["epochs"] for variant in VARIANTS}
-    curves = ["| variant | epoch | training loss: ours | tutorial | difference | test loss: ours | tutorial | difference |"]
+    curves = [
+        "| variant | epoch | training loss: ours | tutorial | difference | test loss: ours | tutorial | difference |"
+    ]
     curves.append("|---" * 8 + "|")
     for variant in VARIANTS:
         for our, their in zip(ours[variant], theirs[variant], strict=False):
@@ -61,7 +63,9 @@ def page() -> str:
     checks.append("|---" * 7 + "|")
     for label, name in (("another seed", "tutorial_pe_conv_seed_1"), ("JPEG twice", "tutorial_pe_conv_jpeg_twice")):
         shifts = [d for n in NAMES for d in differences(record(name)["epochs"], once["epochs"], n)]
-        checks.append(f"| [{label}]({name}.json) minus JPEG once, seed 0 | " + " | ".join(f"{d:+.4f}" for d in shifts) + " |")
+        checks.append(
+            f"| [{label}]({name}.json) minus JPEG once, seed 0 | " + " | ".join(f"{d:+.4f}" for d in shifts) + " |"
+        )
 
     return f"""# The tutorial's first three epochs, again
 
@@ -78,7 +82,8 @@ prints ([tutorial_curves.csv](tutorial_curves.csv)). Each record names its comma
 {max(every["training_loss"]):+.3f}, in the last epoch {min(last["training_loss"]):+.3f} to \
 {max(last["training_loss"]):+.3f}; test loss {min(every["validation_loss"]):+.3f} to \
 {max(every["validation_loss"]):+.3f}, in the last epoch {min(last["validation_loss"]):+.3f} to \
-{max(last["validation_loss"]):+.3f}. The order of the variants, basic above pe above pe_conv at the end, is the tutorial's.
+{max(last["validation_loss"]):+.3f}. The variants end in the tutorial's order: \
+basic above pe above pe_conv.
 
 **What may explain it.** The one difference that is known is the JPEG copy; the original images were not at hand. So \
 the images went through JPEG once more (the block grid moved, so that it loses anew), for training and test alike, and \
@@ -87,7 +92,8 @@ pe_conv was trained on them; another seed shows how much chance moves:
 {chr(10).join(checks)}
 
 A second loss of the same kind says something about the first only as far as the two are alike. Ours also trains in \
-{once["number_format"]}, which the recipe does not ask for: `--bf16 false` is the recipe's, and twice as slow or more on a CPU.
+{once["number_format"]}, which the recipe does not ask for: `--bf16 false` is the recipe's, and slower \
+on a CPU.
 
 ## Beside it, our own protocol
 
@@ -110,7 +116,9 @@ def plot() -> Figure:
         ours = record(f"tutorial_{variant}")["epochs"]
         for colour, (name, label) in zip(("C0", "C1"), NAMES.items(), strict=True):
             shown = theirs[variant][:10]
-            axes.plot([r["epoch"] for r in shown], [r[name] for r in shown], "--", color=colour, label=f"tutorial, {label}")
+            axes.plot(
+                [r["epoch"] for r in shown], [r[name] for r in shown], "--", color=colour, label=f"tutorial, {label}"
+            )
             axes.plot([r["epoch"] for r in ours], [r[name] for r in ours], "o-", color=colour, label=f"ours, {label}")
         axes.set(title=variant, xlabel="epoch")
     figure.axes[0].set_ylabel("cross-entropy (nats)")

@@ -133,20 +133,25 @@ def plot_losses(record: dict, path: str | Path) -> None:
 def time_and_machine(record: dict) -> str:
     """As in "44 min on 2 CPU cores, bf16 autocast"."""
     hardware = record["hardware"]
-    machine = hardware.get("gpu") or f"{hardware['cores']} CPU cores"
-    return f"{record['wall_time_seconds'] / 60:.0f} min on {machine}, {record['number_format']}"
+    cores = f"{hardware['threads']} of " * (hardware["threads"] < hardware["cores"]) + f"{hardware['cores']} CPU cores"
+    return f"{record['wall_time_seconds'] / 60:.0f} min on {hardware.get('gpu') or cores}, {record['number_format']}"
 
 
-def results_table(records: dict[str, dict]) -> str:
-    """README's results as Markdown, from {name of the folder: record}: a row each, and below them the commands."""
+def results_table(records: dict[str, tuple[str, dict]]) -> str:
+    """README's results as Markdown: a row each, and the commands folded away below them.
+
+    Args:
+        records: {what the row is called: (path of the record from the repository's root, the record)}.
+    """
     rows = ["| model | parameters | passes | test accuracy | time | dataset |", "|---|---|---|---|---|---|"]
     commands = []
-    for name, record in records.items():
+    for name, (path, record) in records.items():
         accuracy = f"{record['test_accuracy']:.2%} (n = 1, seed {record['seed']})"
         rows.append(
-            f"| [{name}](hub_card/models/{name}/{RECORD_NAME}) | {record['parameters']:,} "
-            f"| {record['arguments']['num_train_epochs']:g} | {accuracy} | {time_and_machine(record)} "
-            f"| {record['dataset']['name']} |"
+            f"| [{name}]({path}) | {record['parameters']:,} | {record['arguments']['num_train_epochs']:g} "
+            f"| {accuracy} | {time_and_machine(record)} | {record['dataset']['name']} |"
         )
-        commands.append(f"{name}: `{record['command']}`")
-    return "\n".join([*rows, "", *commands])
+        commands.append(f"- {name}: `{record['command']}`")
+    return "\n".join(
+        [*rows, "", "<details><summary>The command of each row</summary>", "", *commands, "", "</details>"]
+    )

@@ -1,0 +1,72 @@
+"""What docs/ shows is what the records and the code give."""
+
+import json
+import runpy
+
+import nbclient
+import nbformat
+import pytest
+from helpers import ROOT
+
+from vit_cifar.evaluation.records import time_and_machine
+from vit_cifar.training.arguments import RECIPES
+
+CURVES = runpy.run_path(str(ROOT / "docs" / "tutorial" / "curves.py"))
+RESULTS = runpy.run_path(str(ROOT / "docs" / "results.py"))
+
+
+def test_readmes_results_are_the_records():
+    readme = (ROOT / "README.md").read_text()
+    assert RESULTS["fill"](readme) == readme, "python docs/results.py fills README again"
+    rows = RESULTS["records"]()
+    assert len(rows) >= 7
+    for path, record in rows.values():
+        assert f"]({path}) | {record['parameters']:,} |" in readme
+        assert f"{record['test_accuracy']:.2%}" in readme and record["command"] in readme
+
+
+def test_the_tutorials_page_is_that_of_the_records():
+    assert (ROOT / "docs" / "tutorial" / "README.md").read_text() == CURVES["page"]()
+
+
+def test_the_tutorials_plot_shows_the_records_and_the_tutorials_losses():
+    axes = CURVES["plot"]().axes
+    assert [axis.get_title() for axis in axes] == ["basic", "pe", "pe_conv"]
+    lines = {line.get_label(): list(line.get_ydata()) for line in axes[0].lines}
+    epochs = json.loads((ROOT / "docs" / "tutorial" / "tutorial_basic.json").read_text())["epochs"]
+    assert lines["ours, training"] == [row["training_loss"] for row in epochs]
+    assert lines["ours, test"] == [row["validation_loss"] for row in epochs]
+    assert lines["tutorial, training"][:3] == [1.9366, 1.6208, 1.4843]
+    assert lines["tutorial, test"][:3] == [1.6467, 1.485, 1.4131]
+
+
+@pytest.mark.parametrize("variant", ["basic", "pe", "pe_conv"])
+def test_the_tutorials_records_say_which_protocol_was_theirs(variant):
+    tutorials, own = (CURVES["record"](f"tutorial_{variant}{ending}") for ending in ("", CURVES["OWN"]))
+    assert tutorials["dataset"]["validation_from"] == "test"
+    assert tutorials["dataset"]["images"] == {"train": 50_000, "validation": 10_000, "test": 10_000}
+    assert own["dataset"]["validation_from"] == "train"
+    assert own["epoch_selected_on"] == "validation"
+    assert own["dataset"]["images"] == {"train": 45_000, "validation": 5_000, "test": 10_000}
+    header = (RECIPES / f"tutorial_{variant}.yaml").read_text()
+    assert (
+        f"{tutorials['test_accuracy']:.2%} on {tutorials['dataset']['name']}, {time_and_machine(tutorials)}" in header
+    )
+
+
+def test_the_lesson_runs_and_prints_what_it_shows():
+    shown = nbformat.read(ROOT / "docs" / "lesson.ipynb", as_version=4)
+    again = nbformat.read(ROOT / "docs" / "lesson.ipynb", as_version=4)
+    nbclient.NotebookClient(again, timeout=300, resources={"metadata": {"path": ROOT / "docs"}}).execute()
+
+    def text(cell):
+        return "".join(output.text for output in cell.outputs if output.output_type == "stream")
+
+    pictures = 0
+    for before, after in zip(shown.cells, again.cells, strict=True):
+        if before.cell_type == "code":
+            assert text(after) == text(before), before.source
+            found = [["image/png" in output.get("data", {}) for output in cell.outputs] for cell in (before, after)]
+            assert found[0] == found[1], before.source
+            pictures += sum(found[0])
+    assert pictures >= 5
