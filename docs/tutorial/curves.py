@@ -95,11 +95,12 @@ pe_conv was trained on them; another seed shows how much chance moves:
 {chr(10).join(checks)}
 
 So a second JPEG costs training loss, up to {max(jpeg):+.3f}, where pe_conv's distance to the tutorial is \
-{min(pe_conv):+.3f} to {max(pe_conv):+.3f}: the copy can explain a good part of that. On the test set it moves \
-less than another seed does, so of those distances it explains nothing that shows. A second loss of the same kind says something \
-about the first only as far as the two are alike. Ours also trains in \
-{once["number_format"]}, which the recipe does not ask for: `--bf16 false` is the recipe's, and slower \
-on a CPU.
+{min(pe_conv):+.3f} to {max(pe_conv):+.3f}: the copy can explain a good part of that. On the test set it moves less \
+than another seed does, so of those distances it explains nothing that shows. A second loss of the same kind says \
+something about the first only as far as the two are alike. The images for it are made by `jpeg_twice.py`.
+
+Ours also trains in {once["number_format"]}, which the recipe does not ask for: `--bf16 false` is the recipe's, and \
+slower on a CPU.
 
 ## Beside it, our own protocol
 
