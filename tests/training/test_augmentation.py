@@ -10,7 +10,7 @@ INDEX = torch.arange(12)
 
 def slow(augmentation: Augmentation, image: torch.Tensor, draw: list[float]) -> torch.Tensor:
     """One image, step by step: flip, pad and crop, paint the square."""
-    down, right, flip, row, column = draw
+    down, right, flip, row, column = draw[:5]
     shift, size = augmentation.max_shift, image.shape[-1]
     if augmentation.flip != "none" and flip < 0.5:
         image = image.flip(-1)

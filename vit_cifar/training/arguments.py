@@ -53,6 +53,9 @@ class RecipeArguments:
     max_shift: int = field(default=4, metadata={"help": "largest shift in pixels along each axis"})
     shift_fill: Literal["zeros", "reflect"] = field(default="reflect", metadata={"help": "what moves in at the border"})
     cutout_size: int = field(default=0, metadata={"help": "side in pixels of a square painted over; 0 for none"})
+    cutmix_probability: float = field(
+        default=0.0, metadata={"help": "share of the images that get a window from another one; 0 for none"}
+    )
     optimizer: Literal["muon", "adam", "trainer"] = field(
         default="trainer",
         metadata={
@@ -76,6 +79,8 @@ class RecipeArguments:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name}: expected a whole number of at least 0, got {value!r}")
+        if not 0 <= self.cutmix_probability <= 1:
+            raise ValueError(f"cutmix_probability: expected a number from 0 to 1, got {self.cutmix_probability!r}")
 
 
 @dataclass

@@ -11,7 +11,7 @@ import torch
 
 @dataclass
 class Augmentation:
-    """Flip, shift and cutout.
+    """Flip, shift and cutout of each image, CutMix of two.
 
     Attributes:
         num_samples: number of images in the training set.
@@ -24,6 +24,9 @@ class Augmentation:
         cutout_size: side in pixels of a square that is painted with `fill` (DeVries and Taylor 2017,
             arXiv:1708.04552); it may stand partly outside the image. 0 leaves it out.
         fill: (C,) uint8 colour for cutout, near the dataset's mean.
+        cutmix_probability: share of the images that get a window from another one (Yun et al. 2019,
+            arXiv:1905.04899). The other is drawn from the whole dataset, not from the batch, whose members depend on
+            the number of processes.
     """
 
     num_samples: int
@@ -33,13 +36,15 @@ class Augmentation:
     shift_fill: str = "zeros"
     cutout_size: int = 0
     fill: tuple[int, ...] = (0, 0, 0)
+    cutmix_probability: float = 0.0
     _draws: tuple[int, torch.Tensor] | None = field(default=None, repr=False)
 
     def draws(self, epoch: int) -> torch.Tensor:
-        """(num_samples, 5) uniform numbers of this epoch: shift down, shift right, flip, cutout row, cutout column."""
+        """(num_samples, 10) uniform numbers of this epoch: shift down, shift right, flip, cutout row, cutout column;
+        CutMix: whether, partner, share of the area, window row, window column."""
         if self._draws is None or self._draws[0] != epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            draws = torch.rand(self.num_samples, 5, generator=generator)
+            draws = torch.rand(self.num_samples, 10, generator=generator)
             if self.flip == "alternating":
                 draws[:, 2] = torch.rand(self.num_samples, generator=generator.manual_seed(self.seed))
                 if epoch % 2:
@@ -51,7 +56,8 @@ class Augmentation:
         """images (B, C, H, W) uint8 of the dataset's rows sample_index (B,) -> the same shape and type."""
         batch, channels, height, width = images.shape
         device = images.device
-        down, right, flip, row, column = self.draws(epoch)[sample_index.cpu()].to(device)[..., None].unbind(1)  # (B, 1)
+        draws = self.draws(epoch)[sample_index.cpu(), :5].to(device)
+        down, right, flip, row, column = draws[..., None].unbind(1)  # (B, 1) each
 
         span = 2 * self.max_shift + 1
         # Where the pixels come from: (B, H) and (B, W).
@@ -73,11 +79,26 @@ class Augmentation:
 
         if self.cutout_size:
             # The centre is anywhere in the image; an even size reaches one pixel further up and left.
-            in_rows = _window(row, height, self.cutout_size)
-            in_columns = _window(column, width, self.cutout_size)
+            window = _window(row, column, height, width, self.cutout_size, self.cutout_size)
             fill = torch.tensor(self.fill, dtype=images.dtype, device=device)[:, None, None]
-            images = torch.where(in_rows[:, None, :, None] & in_columns[:, None, None, :], fill, images)
+            images = torch.where(window, fill, images)
         return images
+
+    def partners(self, sample_index: torch.Tensor, epoch: int) -> torch.Tensor:
+        """(B,) indices of the images that those of sample_index (B,) are mixed with."""
+        return (self.draws(epoch)[sample_index.cpu(), 6] * self.num_samples).long()
+
+    def cutmix(
+        self, images: torch.Tensor, others: torch.Tensor, sample_index: torch.Tensor, epoch: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A window of `others` put into `images`, both augmented: (B, C, H, W), and the share (B,) of each image
+        that is still its own. The window's share of the area is uniform in 0..1 before the border cuts it."""
+        height, width = images.shape[-2:]
+        draws = self.draws(epoch)[sample_index.cpu()].to(images.device)
+        mixed, _, share, row, column = draws[:, 5:, None].unbind(1)  # (B, 1) each
+        side = share.sqrt() * (mixed < self.cutmix_probability)
+        window = _window(row, column, height, width, (side * height).long(), (side * width).long())
+        return torch.where(window, others, images), 1 - window.flatten(1).float().mean(1)
 
 
 def _reflect(index: torch.Tensor, size: int) -> torch.Tensor:
@@ -85,7 +106,19 @@ def _reflect(index: torch.Tensor, size: int) -> torch.Tensor:
     return (size - 1) - ((size - 1) - index.abs()).abs()
 
 
-def _window(draw: torch.Tensor, length: int, size: int) -> torch.Tensor:
-    """(B, 1) draws -> (B, length) booleans, true in a window of `size` around a centre that is anywhere."""
-    offset = torch.arange(length, device=draw.device) - (draw * length).long() + size // 2
-    return (offset >= 0) & (offset < size)
+def _window(
+    row: torch.Tensor,
+    column: torch.Tensor,
+    height: int,
+    width: int,
+    window_height: torch.Tensor | int,
+    window_width: torch.Tensor | int,
+) -> torch.Tensor:
+    """(B, 1) draws -> (B, 1, H, W) booleans, true in a window around a centre that is anywhere in the image."""
+
+    def inside(draw: torch.Tensor, length: int, size: torch.Tensor | int) -> torch.Tensor:
+        offset = torch.arange(length, device=draw.device) - (draw * length).long() + size // 2
+        return (offset >= 0) & (offset < size)
+
+    rows, columns = inside(row, height, window_height), inside(column, width, window_width)
+    return rows[:, None, :, None] & columns[:, None, None, :]

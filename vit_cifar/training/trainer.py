@@ -71,6 +71,7 @@ class ViTCifarTrainer(Trainer):
             compute_metrics=accuracy,
             callbacks=callbacks,
         )
+        self.label_smoother = None  # it takes no probabilities; compute_loss smooths itself
         self.recipe, self.image_mean, self.image_std = recipe, image_mean, image_std
         self.augmentation = Augmentation(
             num_samples=len(train_dataset),
@@ -80,16 +81,16 @@ class ViTCifarTrainer(Trainer):
             shift_fill=recipe.shift_fill,
             cutout_size=recipe.cutout_size,
             fill=tuple(round(255 * value) for value in image_mean),
+            cutmix_probability=recipe.cutmix_probability,
         )
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor], *args, **kwargs) -> torch.Tensor | tuple:
-        """Label smoothing is for training alone; the validation loss is the plain cross-entropy."""
-        smoother = self.label_smoother
-        self.label_smoother = smoother if model.training else None
-        try:
+        """In training, labels may be probabilities (B, classes), and are smoothed; the validation loss is the plain
+        cross-entropy."""
+        if not model.training:
             return super().compute_loss(model, inputs, *args, **kwargs)
-        finally:
-            self.label_smoother = smoother
+        logits = model(inputs["pixel_values"]).logits.float()
+        return nn.functional.cross_entropy(logits, inputs["labels"], label_smoothing=self.args.label_smoothing_factor)
 
     @property
     def clock(self) -> Clock:
@@ -99,7 +100,17 @@ class ViTCifarTrainer(Trainer):
         inputs = super()._prepare_inputs(inputs)
         images, sample_index = inputs["pixel_values"], inputs.pop("sample_index")
         if self.model.training:
-            images = self.augmentation(images, sample_index, epoch=int(self.state.epoch))
+            augmentation, epoch = self.augmentation, int(self.state.epoch)
+            images = augmentation(images, sample_index, epoch)
+            if augmentation.cutmix_probability:
+                partners = augmentation.partners(sample_index, epoch)
+                others = self.train_dataset.__getitems__(partners)
+                others, other_labels = others["pixel_values"].to(images.device), others["labels"].to(images.device)
+                others = augmentation(others, partners, epoch)
+                images, own_share = augmentation.cutmix(images, others, sample_index, epoch)
+                one_hot = torch.eye(self.model.config.num_labels, device=images.device)
+                own_labels = one_hot[inputs["labels"]]
+                inputs["labels"] = own_labels.lerp(one_hot[other_labels], 1 - own_share[:, None])  # (B, classes)
         inputs["pixel_values"] = normalize(images, self.image_mean, self.image_std)
         return inputs
 

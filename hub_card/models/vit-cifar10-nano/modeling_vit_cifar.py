@@ -135,7 +135,7 @@ class ViTCifarEmbeddings(nn.Module):
         tokens = self.patch_embeddings(pixel_values)
         cls_token = self.cls_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype)
         tokens = torch.cat([cls_token, tokens], dim=1)  # (B, N, D)
-        tokens = tokens + self.positions(*pixel_values.shape[-2:])
+        tokens = tokens + self.positions(*pixel_values.shape[-2:]).to(tokens.dtype)  # autocast: the stream is bf16
         if self.training and self.patch_drop_rate > 0:
             batch, num_patches = tokens.shape[0], tokens.shape[1] - 1
             kept = max(1, round(num_patches * (1 - self.patch_drop_rate)))
