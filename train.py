@@ -47,9 +47,10 @@ def main(argv: list[str]) -> None:
 
     processor = image_processor(image_size)
     number_format = "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else "float32"
-    print(describe_parameters(model, recipe))
-    print(f"{len(train_set):,} training and {len(validation_set):,} validation images on {args.device}")
-    print(f"{number_format}, {attention} attention")
+    if trainer.is_world_process_zero():
+        print(describe_parameters(model, recipe))
+        print(f"{len(train_set):,} training and {len(validation_set):,} validation images on {args.device}")
+        print(f"{number_format}, {attention} attention")
     result = trainer.train(resume_from_checkpoint=checkpoint)
     epochs_trained = trainer.state.epoch
     if not trainer.is_world_process_zero():

@@ -103,3 +103,15 @@ def test_a_scheduler_scales_both():
     optimizer.step()
     scheduler.step()
     assert [group["lr"] for group in optimizer.param_groups] == [0.01, 5e-4, 5e-4]
+
+
+def test_parameters_whose_memory_moves_are_still_trained():
+    """As they do when Trainer prepares a model for several processes."""
+    model, twin = build(), build()
+    optimizer = MuonWithAdamW(model, lr=1e-3, muon_lr=0.02, weight_decay=0.1)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    train(model, optimizer)
+    train(twin, MuonWithAdamW(twin, lr=1e-3, muon_lr=0.02, weight_decay=0.1))
+    for name, tensor in twin.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name

@@ -51,7 +51,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, str | int | float]:
-    """Processor, cores, threads, memory in GiB and, where there is one, the GPU."""
+    """Processor, cores, processes, threads, memory in GiB and, where there is one, the GPU."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -59,7 +59,8 @@ def hardware() -> dict[str, str | int | float]:
         "cpu": names[0] if names else platform.processor(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
+        "processes": int(os.environ.get("WORLD_SIZE", 1)),  # as torchrun and accelerate launch say it
+        "threads": torch.get_num_threads(),  # of each process
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
     }
     if torch.cuda.is_available():

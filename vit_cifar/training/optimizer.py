@@ -72,6 +72,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     def step(self, closure=None) -> None:
         for parameter, matrix in self.matrices:
+            matrix.data = parameter.data.view(matrix.shape)  # again: wrapping for several processes moves parameters
             matrix.grad = None if parameter.grad is None else parameter.grad.reshape(matrix.shape)
         for optimizer in self.optimizers:
             optimizer.step()

@@ -21,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from .arguments import RecipeArguments
 from .augmentation import Augmentation
 from .data import ImageDataset, keep_batch, normalize
+from .distributed import synchronize_batch_norm
 from .optimizer import MuonWithAdamW, decayed_parameter_names, muon_parameter_names
 
 
@@ -62,6 +63,8 @@ class ViTCifarTrainer(Trainer):
         callbacks = [Clock()]
         if recipe.early_stopping_patience is not None:
             callbacks.append(EarlyStoppingCallback(recipe.early_stopping_patience))
+        if args.world_size > 1:
+            model = synchronize_batch_norm(model.to(args.device))
         super().__init__(
             model,
             args,
