@@ -11,20 +11,12 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from vit_cifar import ViTCifarConfig, ViTCifarForImageClassification
+from vit_cifar import ViTCifarForImageClassification
 from vit_cifar.evaluation import records
 from vit_cifar.evaluation.metrics import evaluate
 from vit_cifar.training.arguments import RecipeArguments, parse_arguments
-from vit_cifar.training.data import (
-    CIFAR10_MEAN,
-    CIFAR10_STD,
-    DataError,
-    ImageDataset,
-    image_processor,
-    load_rows,
-    load_split,
-    split_off_validation,
-)
+from vit_cifar.training.data import DataError, ImageDataset, load_rows, load_split, split_off_validation
+from vit_cifar.training.initialization import initial_model, load_start
 from vit_cifar.training.trainer import ViTCifarTrainer, checkpoint_step, describe_parameters, newest_checkpoint
 
 
@@ -34,20 +26,21 @@ def main(argv: list[str]) -> None:
     try:
         checkpoint = find_checkpoint(args)
         resumed_from_step = checkpoint_step(checkpoint) if checkpoint else None
-        image_size = ViTCifarConfig(**recipe.model).image_size
+        pretrained, processor = load_start(recipe)
+        image_size = processor.size["height"]
         load_rows(recipe.dataset_name, "test")  # there is one; its images wait for the end
         train_set, validation_set = load_training_data(recipe, image_size)
         set_seed(args.seed)
-        config = ViTCifarConfig(**recipe.model, id2label=dict(enumerate(train_set.classes)))
         attention = recipe.attn_implementation or ("eager" if args.bf16 and args.device.type == "cpu" else "sdpa")
-        model = ViTCifarForImageClassification._from_config(config, attn_implementation=attention)
-        trainer = ViTCifarTrainer(model, args, recipe, train_set, validation_set, CIFAR10_MEAN, CIFAR10_STD)
+        model, start = initial_model(recipe, pretrained, processor, train_set, attention)
+        mean, std = processor.image_mean, processor.image_std
+        trainer = ViTCifarTrainer(model, args, recipe, train_set, validation_set, mean, std)
     except (ValueError, ImportError, RuntimeError, StrictDataclassError) as error:
         parser.error(" ".join(str(error).split()))
 
-    processor = image_processor(image_size)
     number_format = "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else "float32"
     if trainer.is_world_process_zero():
+        print(start)
         print(describe_parameters(model, recipe))
         print(f"{len(train_set):,} training and {len(validation_set):,} validation images on {args.device}")
         print(f"{number_format}, {attention} attention")
@@ -73,12 +66,14 @@ def main(argv: list[str]) -> None:
     selected = args.load_best_model_at_end and state.best_global_step
     kept_step = state.best_global_step if selected else state.global_step
     arguments = vars(recipe) | args.to_dict()
-    local = Path(recipe.dataset_name).exists()
-    dataset_name = recipe.dataset_title or (Path(recipe.dataset_name).resolve().name if local else recipe.dataset_name)
+    dataset_name = recipe.dataset_title or records.public_name(recipe.dataset_name)
+    public = {"dataset_name": dataset_name}
+    if recipe.model_name_or_path:
+        public["model_name_or_path"] = records.public_name(recipe.model_name_or_path)
     record = {
         "recipe": recipe.recipe,
-        "command": records.public_command(["python", "train.py", *argv], dataset_name),
-        "arguments": arguments | {"dataset_name": dataset_name},
+        "command": records.public_command(["python", "train.py", *argv], public),
+        "arguments": arguments | public,
         "parameters": model.num_parameters(),
         "git_commit": commit,
         "versions": records.versions(),

@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import ROOT, run, run_elsewhere
 from safetensors.torch import load_file
+from torchvision.transforms.v2.functional import to_pil_image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from vit_cifar.evaluation.metrics import evaluate
@@ -224,3 +225,42 @@ def test_nano_starts_on_the_real_dataset_and_the_second_start_decodes_nothing(ci
     record = read_record(tmp_path / "first")
     assert record["dataset"]["images"] == {"train": 45_000, "validation": 5_000, "test": 10_000}
     assert str(cifar10) not in (tmp_path / "first" / "training_record.json").read_text()
+
+
+@pytest.fixture
+def two_classes(tmp_path) -> Path:
+    """An image folder of animals and vehicles made from the sample, 40 px wide and high."""
+    animals = ("bird", "cat", "deer", "dog", "frog", "horse")
+    for split in ("train", "test"):
+        dataset = load_split("sample", split)
+        for row, (image, label) in enumerate(zip(dataset.images, dataset.labels, strict=True)):
+            name = "animal" if dataset.classes[label] in animals else "vehicle"
+            folder = tmp_path / "data" / split / name
+            folder.mkdir(parents=True, exist_ok=True)
+            to_pil_image(image).resize((40, 40)).save(folder / f"{row}.png")
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_trained_model_learns_other_classes_at_another_size(smoke_folder, two_classes, tmp_path, frozen):
+    finished = train(
+        *("--model_name_or_path", smoke_folder, "--dataset_name", two_classes, "--output_dir", tmp_path / "mine"),
+        *("--config_overrides", "image_size=48", "--validation_size", "20", "--num_train_epochs", "2"),
+        *["--freeze_body"] * frozen,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert "new head: 2 classes (animal, vehicle) in place of 10, positions interpolated" in finished.stdout
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "mine")
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "mine")
+    assert (model.config.image_size, dict(processor.size)["height"]) == (48, 48)
+    record = read_record(tmp_path / "mine")
+    assert evaluate(model, processor, load_split(str(two_classes), "test", 48)).accuracy == record["test_accuracy"]
+    assert record["arguments"]["model_name_or_path"] == smoke_folder.name
+    assert str(tmp_path) not in record["command"].replace(str(tmp_path / "mine"), "")
+    before, after = load_file(smoke_folder / "model.safetensors"), load_file(tmp_path / "mine" / "model.safetensors")
+    names = [name for name in before if not name.startswith("classifier") and "position" not in name]
+    assert all(torch.equal(before[name], after[name]) for name in names) == frozen
+    predicted = run(
+        sys.executable, "-m", "vit_cifar", "predict", next(two_classes.rglob("*.png")), "--model", tmp_path / "mine"
+    )
+    assert "animal" in predicted.stdout and "vehicle" in predicted.stdout

@@ -44,7 +44,7 @@ def test_epoch_log_averages_what_is_logged_within_an_epoch():
 
 @pytest.mark.parametrize("form", [["--dataset_name", "/a/folder"], ["--dataset-name=/a/folder"]])
 def test_a_public_command_names_no_folder_of_a_machine(form):
-    command = public_command(["train.py", "--recipe", "nano", *form], "cifar10-jpeg-q75")
+    command = public_command(["train.py", "--recipe", "nano", *form], {"dataset_name": "cifar10-jpeg-q75"})
     assert "/a/folder" not in command
     assert command.startswith("train.py --recipe nano --dataset_name") and command.endswith("cifar10-jpeg-q75")
 

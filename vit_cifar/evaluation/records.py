@@ -83,14 +83,25 @@ def git_commit(folder: str | Path) -> str | None:
     return commit.stdout.strip() + ("+changes" if git("status", "--porcelain", "--untracked-files=no").stdout else "")
 
 
-def public_command(words: list[str], dataset_name: str) -> str:
-    """The command as a reader can use it: a folder of one machine gives way to the name of the dataset."""
+def public_name(name: str) -> str:
+    """A Hub id as it is, a folder of one machine by its last part."""
+    return Path(name).resolve().name if Path(name).exists() else name
+
+
+def public_command(words: list[str], names: dict[str, str]) -> str:
+    """The command as a reader can use it: folders of one machine give way to names.
+
+    Args:
+        names: {argument, as in "dataset_name": what to write as its value}.
+    """
     words = list(words)
     for i, word in enumerate(words):
-        if words[i - 1] in ("--dataset_name", "--dataset-name"):
-            words[i] = dataset_name
-        elif word.startswith(("--dataset_name=", "--dataset-name=")):
-            words[i] = f"--dataset_name={dataset_name}"
+        for argument, name in names.items():
+            for option in (f"--{argument}", f"--{argument.replace('_', '-')}"):
+                if words[i - 1] == option:
+                    words[i] = name
+                elif word.startswith(f"{option}="):
+                    words[i] = f"{option}={name}"
     return shlex.join(words)
 
 

@@ -20,11 +20,26 @@ class RecipeArguments:
 
     _argument_group_name = "recipe, data, augmentation, optimizer"
 
-    recipe: str = field(metadata={"help": "name of a shipped recipe, or a YAML file with any of these arguments"})
+    recipe: str = field(
+        default="finetune",
+        metadata={"help": "name of a shipped recipe, or a YAML file with any of these arguments"},
+    )
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "fine-tune this trained model, a folder or Hub id: other classes get a new head, another "
+            "image_size interpolated positions"
+        },
+    )
+    freeze_body: bool = field(default=False, metadata={"help": "fine-tune the head alone"})
+    whiten_first_convolution: bool = field(
+        default=False,
+        metadata={"help": "start a conv_stem's first filters from the principal components of training patches"},
+    )
     model: dict = field(init=False, default_factory=dict)
     config_overrides: str | None = field(
         default=None,
-        metadata={"help": "config fields over the recipe's model, as in hidden_size=192,drop_path_rate=0.1"},
+        metadata={"help": "config fields over the model's own, as in image_size=48,drop_path_rate=0.1"},
     )
     attn_implementation: str | None = field(
         default=None,
@@ -116,10 +131,16 @@ def parse_arguments(argv: list[str]) -> tuple[RecipeArguments, TrainingArguments
 
     if not {"-h", "--help"} & set(argv):
         first = argparse.ArgumentParser(add_help=False, prog=parser.prog, usage=parser.usage)
-        first.add_argument("--recipe", required=True)
+        first.add_argument("--recipe")
+        first.add_argument("--model_name_or_path", "--model-name-or-path")
         first.add_argument("--output_dir", "--output-dir", required=True)
-        recipe = _read_recipe(first.parse_known_args(argv)[0].recipe, parser)
+        given = first.parse_known_args(argv)[0]
+        if given.recipe is None and given.model_name_or_path is None:
+            parser.error("the following arguments are required: --recipe (or --model_name_or_path)")
+        recipe = _read_recipe(given.recipe or "finetune", parser)
         model = recipe.pop("model", {})
+        if given.model_name_or_path:
+            model = {}  # the trained one's
         parser.set_defaults(**recipe)
     try:
         recipe_args, training_args = parser.parse_args_into_dataclasses(argv)
@@ -130,6 +151,10 @@ def parse_arguments(argv: list[str]) -> tuple[RecipeArguments, TrainingArguments
         parser.error("early_stopping_patience: expected --load_best_model_at_end with it, got none")
     if recipe_args.optimizer == "muon" and training_args.fp16:
         parser.error("optimizer: expected bf16 or float32 for muon, got fp16")  # its scaler knows nothing of the views
+    if recipe_args.recipe == "finetune" and recipe_args.model_name_or_path is None:
+        parser.error("model_name_or_path: expected a model folder or a Hub id with the recipe finetune, got none")
+    if recipe_args.freeze_body and (recipe_args.model_name_or_path is None or recipe_args.optimizer == "muon"):
+        parser.error("freeze_body: expected --model_name_or_path and an optimizer other than muon, got another")
     if training_args.push_to_hub:
         parser.error("push_to_hub: training never publishes; publish a trained folder with `vit-cifar publish`")
     return recipe_args, training_args, parser

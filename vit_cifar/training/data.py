@@ -70,10 +70,12 @@ def normalize(images: torch.Tensor, mean: list[float], std: list[float]) -> torc
     return F.normalize(F.to_dtype(images, torch.float32, scale=True), mean=mean, std=std)
 
 
-def image_processor(image_size: int = 32) -> ViTImageProcessor:
+def image_processor(
+    image_size: int = 32, mean: list[float] = CIFAR10_MEAN, std: list[float] = CIFAR10_STD
+) -> ViTImageProcessor:
     """What a model folder carries to do to any image what training did to its own."""
     size = {"height": image_size, "width": image_size}
-    return ViTImageProcessor(size=size, image_mean=CIFAR10_MEAN, image_std=CIFAR10_STD, resample=3, do_convert_rgb=True)
+    return ViTImageProcessor(size=size, image_mean=mean, image_std=std, resample=3, do_convert_rgb=True)
 
 
 def load_rows(dataset_name: str, split: str) -> datasets.Dataset:

@@ -92,6 +92,8 @@ class ViTCifarTrainer(Trainer):
         cross-entropy."""
         if not model.training:
             return super().compute_loss(model, inputs, *args, **kwargs)
+        if self.recipe.freeze_body:
+            self.model.vit.eval()  # the running statistics of its norms are part of what is frozen
         logits = model(inputs["pixel_values"]).logits.float()
         return nn.functional.cross_entropy(logits, inputs["labels"], label_smoothing=self.args.label_smoothing_factor)
 

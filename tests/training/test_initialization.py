@@ -1,0 +1,67 @@
+import pytest
+import torch
+
+from vit_cifar import ViTCifarConfig, ViTCifarForImageClassification
+from vit_cifar.configuration_vit_cifar import CIFAR10_CLASSES
+from vit_cifar.training.data import CIFAR10_MEAN, CIFAR10_STD, load_split, normalize
+from vit_cifar.training.initialization import adapt, whiten
+
+IMAGES = torch.randn(3, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+
+
+def build(**fields) -> ViTCifarForImageClassification:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    config = ViTCifarConfig(**sizes, embedding_initializer_range=0.5, **fields)
+    return ViTCifarForImageClassification(config).eval()
+
+
+def test_the_same_classes_keep_the_head():
+    pretrained = build(patch_embedding="conv_stem")
+    model, said = adapt(pretrained, list(CIFAR10_CLASSES), "eager")
+    assert said == "head kept: 10 classes"
+    torch.testing.assert_close(model.eval()(IMAGES).logits, pretrained(IMAGES).logits)
+
+
+def test_other_classes_get_a_new_head_on_the_same_body():
+    pretrained = build()
+    model, said = adapt(pretrained, ["animal", "vehicle"], "eager")
+    assert said == "new head: 2 classes (animal, vehicle) in place of 10"
+    assert model.config.id2label == {0: "animal", 1: "vehicle"}
+    assert model.config.label2id == {"animal": 0, "vehicle": 1}
+    assert model(IMAGES).logits.shape == (3, 2)
+    torch.testing.assert_close(model.eval().vit(IMAGES).pooler_output, pretrained.vit(IMAGES).pooler_output)
+    assert pretrained.config.num_labels == 10
+
+
+@pytest.mark.parametrize("position_embedding", ["learned", "sinusoidal"])
+def test_another_image_size_starts_from_interpolated_positions(position_embedding):
+    pretrained = build(position_embedding=position_embedding)
+    model, said = adapt(pretrained, list(CIFAR10_CLASSES), "eager", image_size=48)
+    assert said == "head kept: 10 classes, positions interpolated from 32 to 48 px"
+    assert model.config.image_size == 48
+    assert model.vit.embeddings.position_embeddings.shape == (1, 1 + 12 * 12, 32)
+    # The old model interpolates at every call.
+    torch.testing.assert_close(model.eval()(IMAGES).logits, pretrained(IMAGES).logits)
+
+
+def test_fields_that_do_not_fit_the_weights_are_refused():
+    with pytest.raises(ValueError, match=r"expected fields that fit the trained weights, got .*'hidden_size': 64"):
+        adapt(build(), ["a", "b"], "eager", hidden_size=64)
+
+
+def test_whitened_filters_give_outputs_that_do_not_correlate():
+    torch.manual_seed(0)
+    train_set = load_split("sample", "train")
+    convolution = torch.nn.Conv2d(3, 60, 3, bias=False)
+    random = convolution.weight.detach().clone()
+    whiten(convolution, train_set, CIFAR10_MEAN, CIFAR10_STD)
+    assert torch.equal(convolution.weight[54:], random[54:])
+    images = normalize(train_set.images, CIFAR10_MEAN, CIFAR10_STD).double()
+    outputs = convolution.double()(images).detach().transpose(0, 1).flatten(1)
+    powers = outputs @ outputs.T / outputs.shape[1]
+    assert powers[0, 0] == powers.diagonal().max() > 10 * powers[26, 26]  # the largest first
+    first = powers[:27, :27]
+    scale = first.diagonal().sqrt()
+    torch.testing.assert_close(first / scale[:, None] / scale, torch.eye(27).double(), atol=0.01, rtol=0)
+    torch.testing.assert_close(outputs[27:54], -outputs[:27])

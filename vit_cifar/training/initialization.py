@@ -1,0 +1,112 @@
+"""What a training starts from: a new model of the recipe, or a trained one made to fit other classes and sizes."""
+
+import torch
+from torch import nn
+from transformers import ViTImageProcessor
+
+from ..configuration_vit_cifar import ViTCifarConfig
+from ..modeling_vit_cifar import ViTCifarForImageClassification
+from ..models import load_model
+from .arguments import RecipeArguments
+from .data import ImageDataset, image_processor, normalize
+
+
+def load_start(recipe: RecipeArguments) -> tuple[ViTCifarForImageClassification | None, ViTImageProcessor]:
+    """(the trained model that the recipe names, or None; the processor of the model to come).
+
+    Raises:
+        ModelError: there is no such model.
+        ValueError: the recipe's config fields are wrong.
+    """
+    if recipe.model_name_or_path is None:
+        return None, image_processor(ViTCifarConfig(**recipe.model).image_size)
+    pretrained, processor = load_model(recipe.model_name_or_path)
+    size = recipe.model.get("image_size", pretrained.config.image_size)
+    return pretrained, image_processor(size, processor.image_mean, processor.image_std)
+
+
+def initial_model(
+    recipe: RecipeArguments,
+    pretrained: ViTCifarForImageClassification | None,
+    processor: ViTImageProcessor,
+    train_set: ImageDataset,
+    attn_implementation: str,
+) -> tuple[ViTCifarForImageClassification, str]:
+    """(The model that training starts with, one line that says what it is); seed before.
+
+    Raises:
+        ValueError: whitening without a convolutional stem, or fields that do not fit the trained weights.
+    """
+    if pretrained is not None:
+        model, said = adapt(pretrained, train_set.classes, attn_implementation, **recipe.model)
+        if recipe.freeze_body:
+            model.vit.requires_grad_(False)
+            said += ", body frozen"
+        return model, f"from {recipe.model_name_or_path}: {said}"
+    config = ViTCifarConfig(**recipe.model, id2label=dict(enumerate(train_set.classes)))
+    model = ViTCifarForImageClassification._from_config(config, attn_implementation=attn_implementation)
+    if not recipe.whiten_first_convolution:
+        return model, "from random weights"
+    if config.patch_embedding != "conv_stem":
+        raise ValueError(f"whiten_first_convolution: expected patch_embedding conv_stem, got {config.patch_embedding}")
+    whiten(model.vit.embeddings.patch_embeddings.projection[0], train_set, processor.image_mean, processor.image_std)
+    return model, "from random weights, the first convolution from training patches"
+
+
+@torch.no_grad()
+def adapt(
+    pretrained: ViTCifarForImageClassification, classes: list[str], attn_implementation: str, **fields: object
+) -> tuple[ViTCifarForImageClassification, str]:
+    """(A trained model with other classes or another image size, one line that says what is new); seed before.
+
+    Another list of classes gets a new head. Another image size gets a learned position table that starts as the old
+    table, learned or sinusoidal, interpolated to the new grid.
+
+    Args:
+        fields: of the config, as in image_size=48 or drop_path_rate=0.1.
+
+    Raises:
+        ValueError: the weights do not fit a model with these fields.
+    """
+    old, weights, said = pretrained.config, pretrained.state_dict(), []
+    old_classes = [old.id2label[index] for index in range(old.num_labels)]
+    if classes == old_classes:
+        said.append(f"head kept: {len(classes)} classes")
+    else:
+        said.append(f"new head: {len(classes)} classes ({_some(classes)}) in place of {len(old_classes)}")
+    config = ViTCifarConfig.from_dict(
+        old.to_dict() | fields | {"id2label": dict(enumerate(classes)), "label2id": None, "num_labels": len(classes)}
+    )
+    if config.image_size != old.image_size:
+        config.position_embedding = "learned"
+        size = config.image_size
+        weights["vit.embeddings.position_embeddings"] = pretrained.vit.embeddings.positions(size, size)
+        said.append(f"positions interpolated from {old.image_size} to {size} px")
+    model = ViTCifarForImageClassification._from_config(config, attn_implementation=attn_implementation)
+    if classes != old_classes:
+        weights |= {f"classifier.{name}": value for name, value in model.classifier.state_dict().items()}
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"config_overrides: expected fields that fit the trained weights, got {fields}") from error
+    return model, ", ".join(said)
+
+
+def _some(classes: list[str]) -> str:
+    return ", ".join(classes) if len(classes) <= 10 else f"{', '.join(classes[:9])} … {classes[-1]}"
+
+
+@torch.no_grad()
+def whiten(convolution: nn.Conv2d, train_set: ImageDataset, mean: list[float], std: list[float]) -> None:
+    """Filters of the first convolution from the training images: the principal components of their patches, largest
+    first, then the same with the other sign (airbench, arXiv:2404.00498, section 3.2); what is left stays random.
+
+    The scale that makes the outputs white is left to the BatchNorm behind it.
+    """
+    size, count = convolution.kernel_size[0], len(convolution.weight)
+    images = normalize(train_set.images[:2000], mean, std).double()  # the smallest components are 1/500 of the largest
+    patches = nn.functional.unfold(images, size).transpose(1, 2).flatten(0, 1)  # (patches, channels * size * size)
+    _, components = torch.linalg.eigh(patches.T @ patches / len(patches))
+    filters = components.T.flip(0)
+    filters = torch.cat([filters, -filters])[:count]
+    convolution.weight[: len(filters)] = filters.view(-1, *convolution.weight.shape[1:])
