@@ -81,6 +81,27 @@ def evaluate(
 
 
 @app.command()
+def benchmark(
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the record into this new JSON file.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch_size", "--batch-size", min=1, help="Of a training step.")] = 128,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each takes its turn.")] = 5,
+    steps: Annotated[int, typer.Option(min=1, help="Steps in a turn.")] = 3,
+) -> None:
+    """Time training and inference beside a plain loop, transformers' ViT and timm's, in turns in one process."""
+    from .evaluation.benchmark import benchmark as measure
+    from .evaluation.benchmark import report, write
+
+    if output is not None and output.exists():
+        raise typer.BadParameter(f"expected a new file, got {output}, which exists", param_hint="--output")
+    record = measure(batch_size, rounds, steps)
+    print(report(record))
+    if output is not None:
+        write(record, output)
+
+
+@app.command()
 def convert_tutorial(
     checkpoint: Annotated[
         Path, typer.Argument(help="The tutorial's file, as in cifar_vit_pe_conv.pth.", show_default=False)

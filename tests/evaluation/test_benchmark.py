@@ -1,0 +1,64 @@
+import json
+import sys
+
+from helpers import run
+
+from vit_cifar import ViTCifarConfig
+from vit_cifar.evaluation.benchmark import Contender, PlainViT, ratio, take_turns, training_flops
+from vit_cifar.training.arguments import recipe_model
+
+
+def test_contenders_take_turns_and_ratios_are_within_a_round():
+    order, seconds = [], {"slow": [2.0, 4.0, 2.0], "fast": [1.0, 1.0, 0.5]}
+
+    def contender(name):
+        def run(steps):
+            order.append(name)
+            return seconds[name][order.count(name) - 1] * steps
+
+        return Contender(name, "float32", run)
+
+    slow, fast = contender("slow"), contender("fast")
+    take_turns([slow, fast], rounds=3, steps=2, batch_size=10)
+    assert order == ["slow", "fast"] * 3
+    assert fast.row()["images_per_second"] == 10
+    assert fast.row()["spread"] == [10, 20]
+    assert ratio(fast, slow)["median"] == 4
+    assert ratio(fast, slow)["spread"] == [2, 4]
+
+
+def test_the_plain_loops_model_is_the_tutorials():
+
+    config = ViTCifarConfig(**recipe_model("tutorial_pe_conv"))
+    assert sum(p.numel() for p in PlainViT(config).parameters()) == 4_905_610
+
+
+def test_flops_are_those_counted_by_hand():
+    config = ViTCifarConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, patch_size=16, num_labels=3
+    )
+    tokens, width, patches = 5, 8, 4
+    patch_embedding = patches * width * 3 * 16 * 16
+    layer = 4 * tokens * width**2 + 2 * tokens * width * 16 + 2 * tokens**2 * width
+    head = width * 3
+    # Two operations a product; the backward pass costs twice the forward, but the images need no gradient.
+    assert training_flops(config) == 2 * (3 * (patch_embedding + layer + head) - patch_embedding)
+
+
+def test_the_command_prints_rows_and_writes_a_record(tmp_path):
+    path = tmp_path / "record.json"
+    command = [sys.executable, "-m", "vit_cifar", "benchmark", "--batch-size", "2", "--rounds", "1", "--steps", "1"]
+    finished = run(*command, "--output", path)
+    assert finished.returncode == 0, finished.stderr
+    record = json.loads(path.read_text())
+    names = [row["name"] for row in record["training"]]
+    assert "vit-cifar, train.py" in names and "plain PyTorch loop, timm's ViT" in names
+    assert "transformers' ViT, stock Trainer, per-image transforms" in names
+    assert all(row["images_per_second"] > 0 for part in ("training", "inference") for row in record[part])
+    assert {row["number_format"] for row in record["training"]} <= {"bf16", "float32"}
+    assert 0 < record["share_of_matmul_rate"] < 1.2
+    for row in record["training"]:
+        assert f"{row['images_per_second']:.1f}" in finished.stdout
+    again = run(*command, "--output", path)
+    assert again.returncode == 2
+    assert "expected a new file" in again.stderr

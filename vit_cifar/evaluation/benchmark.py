@@ -1,0 +1,438 @@
+"""`vit-cifar benchmark`: training and inference beside others, in one process, in turns, at the tutorial's size."""
+
+import json
+import os
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import datasets
+import psutil
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms import v2
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from ..configuration_vit_cifar import ViTCifarConfig
+from ..modeling_vit_cifar import ViTCifarForImageClassification, sinusoidal_positions
+from ..training.arguments import machine_supports_bf16, parse_arguments
+from ..training.augmentation import Augmentation
+from ..training.data import CIFAR10_MEAN, CIFAR10_STD, SAMPLE_NAME, ImageDataset, load_rows, load_split, normalize
+from ..training.trainer import ViTCifarTrainer
+from . import records
+
+RECIPE = "tutorial_pe_conv"
+WARM_UP_STEPS = 1
+FORMATS = {"float32": torch.float32, "bf16": torch.bfloat16}
+
+
+class PlainAttention(nn.Module):
+    """(B, N, D) -> (B, N, D), as the tutorial writes it: three Linears, explicit softmax, no output projection."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, tokens, width = x.shape
+        heads = (batch, tokens, self.heads, width // self.heads)
+        query, key, value = (part(x).view(heads).transpose(1, 2) for part in (self.query, self.key, self.value))
+        attention = (query @ key.transpose(-1, -2) / heads[-1] ** 0.5).softmax(dim=-1)
+        return (attention @ value).transpose(1, 2).reshape(batch, tokens, width)
+
+
+class PlainLayer(nn.Module):
+    def __init__(self, width: int, heads: int, mlp_width: int):
+        super().__init__()
+        self.attend = nn.Sequential(nn.LayerNorm(width), PlainAttention(width, heads))
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, mlp_width), nn.GELU(), nn.Linear(mlp_width, width)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attend(x)
+        return x + self.mlp(x)
+
+
+class PlainViT(nn.Module):
+    """The tutorial's convolutional variant in plain PyTorch: (B, 3, 32, 32) -> logits (B, 10)."""
+
+    def __init__(self, config: ViTCifarConfig):
+        super().__init__()
+        width, size = config.hidden_size, config.patch_size
+        self.patches = nn.Conv2d(3, width, kernel_size=size, stride=size)
+        self.cls_token = nn.Parameter(torch.randn(1, 1, width))
+        self.register_buffer("positions", sinusoidal_positions((config.image_size // size) ** 2 + 1, width))
+        sizes = (width, config.num_attention_heads, config.intermediate_size)
+        self.layers = nn.Sequential(*(PlainLayer(*sizes) for _ in range(config.num_hidden_layers)))
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, config.num_labels))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        patches = self.patches(images).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], dim=1) + self.positions
+        return self.head(self.layers(tokens)[:, 0])
+
+
+@dataclass
+class Contender:
+    """One row: `run(steps)` returns the seconds of that many steps, each of one batch."""
+
+    name: str
+    number_format: str
+    run: Callable[[int], float]
+    rates: list[float] = field(default_factory=list)  # images a second, one for each round
+    peak_memory_mib: float = 0.0
+
+    def row(self) -> dict:
+        return {
+            "name": self.name,
+            "number_format": self.number_format,
+            "images_per_second": round(statistics.median(self.rates), 1),
+            "spread": [round(min(self.rates), 1), round(max(self.rates), 1)],
+            "peak_memory_mib": round(self.peak_memory_mib),
+        }
+
+
+class StepTimes(TrainerCallback):
+    """The time at the end of every step."""
+
+    def __init__(self):
+        self.times: list[float] = []
+
+    def on_step_end(self, *args, **kwargs) -> None:
+        synchronize()
+        self.times.append(time.perf_counter())
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def autocast(device: torch.device, number_format: str) -> AbstractContextManager:
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=number_format == "bf16")
+
+
+def timed(step: Callable[[], object], steps: int) -> float:
+    """Seconds of `steps` calls, after one that is not counted."""
+    for _ in range(WARM_UP_STEPS):
+        step()
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(steps):
+        step()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def timed_trainer(make: Callable[[int], Trainer], steps: int) -> float:
+    trainer, times = make(WARM_UP_STEPS + steps), StepTimes()
+    trainer.add_callback(times)
+    trainer.train()
+    return times.times[-1] - times.times[WARM_UP_STEPS - 1]
+
+
+def take_turns(contenders: list[Contender], rounds: int, steps: int, batch_size: int) -> None:
+    """All contenders once a round, so that a slow minute of the machine meets all of them."""
+    process = psutil.Process()
+    for _ in range(rounds):
+        for contender in contenders:
+            before = process.memory_info().rss
+            reset_peak_memory()
+            contender.rates.append(batch_size * steps / contender.run(steps))
+            contender.peak_memory_mib = max(contender.peak_memory_mib, (peak_memory() - before) / 2**20)
+
+
+def reset_peak_memory() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts again from what is in use
+
+
+def peak_memory() -> int:
+    """Bytes: the most that the process had in memory; on a GPU, what it has now and the most that PyTorch allocated."""
+    if torch.cuda.is_available():
+        return psutil.Process().memory_info().rss + torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def ratio(of: Contender, to: Contender) -> dict:
+    """Median, smallest and largest ratio of the two rates in the same round."""
+    ratios = [a / b for a, b in zip(of.rates, to.rates, strict=True)]
+    return {
+        "of": f"{of.name}, {of.number_format}",
+        "to": f"{to.name}, {to.number_format}",
+        "median": round(statistics.median(ratios), 3),
+        "spread": [round(min(ratios), 3), round(max(ratios), 3)],
+    }
+
+
+def training_contenders(config: ViTCifarConfig, batch_size: int, formats: list[str], folder: str) -> list[Contender]:
+    """Our training step, the plain loop, transformers' ViT under stock Trainer, timm's ViT where it is installed."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sample = load_split(SAMPLE_NAME, "train")
+    many = torch.arange(batch_size * 50) % len(sample)
+    train_set = sample.subset(many)
+    rows = load_rows(SAMPLE_NAME, "train").select(many.tolist())
+    image, label = (
+        next(name for name, feature in rows.features.items() if isinstance(feature, kind))
+        for kind in (datasets.Image, datasets.ClassLabel)
+    )
+    transform = per_image_transform()
+    rows.set_transform(
+        lambda batch: {"pixel_values": [transform(i.convert("RGB")) for i in batch[image]], "labels": batch[label]}
+    )
+    pixels = normalize(train_set.images[:batch_size], CIFAR10_MEAN, CIFAR10_STD).to(device)
+    labels = train_set.labels[:batch_size].to(device)
+    contenders = []
+    for number_format in formats:
+        bf16 = number_format == "bf16"
+        contenders.append(ours(config, train_set, batch_size, bf16, folder))
+        loops = {"plain PyTorch loop, the tutorial's model": PlainViT(config)}
+        if timm_model := timm_vit(config):
+            loops["plain PyTorch loop, timm's ViT"] = timm_model
+        for name, model in loops.items():
+            contenders.append(Contender(name, number_format, plain_loop(model.to(device), pixels, labels, bf16)))
+        if bf16 or len(formats) == 1:
+            stock = ViTForImageClassification(transformers_config(config))
+            arguments = {
+                "output_dir": folder,
+                "per_device_train_batch_size": batch_size,
+                "learning_rate": 1e-3,
+                "bf16": bf16,
+                "use_cpu": device.type == "cpu",
+                "dataloader_pin_memory": device.type == "cuda",
+                "remove_unused_columns": False,
+                "disable_tqdm": True,
+                "logging_strategy": "no",
+                "save_strategy": "no",
+            }
+
+            name = "transformers' ViT, stock Trainer, per-image transforms"
+            make = partial(stock_trainer, stock, rows, arguments)
+            contenders.append(Contender(name, number_format, partial(timed_trainer, make)))
+    return contenders
+
+
+def stock_trainer(model: nn.Module, rows: datasets.Dataset, arguments: dict, steps: int) -> Trainer:
+    return Trainer(model, TrainingArguments(**arguments, max_steps=steps), train_dataset=rows)
+
+
+def ours(config: ViTCifarConfig, train_set: ImageDataset, batch_size: int, bf16: bool, folder: str) -> Contender:
+    """What train.py does, Trainer and augmentation included."""
+    words = ["--recipe", RECIPE, "--output_dir", folder, "--bf16", str(bf16), "--disable_tqdm", "true"]
+    words += ["--per_device_train_batch_size", str(batch_size), "--eval_strategy", "no", "--save_strategy", "no"]
+    words += ["--logging_strategy", "no", "--load_best_model_at_end", "false"]
+    attention = "eager" if bf16 and not torch.cuda.is_available() else "sdpa"
+    model = ViTCifarForImageClassification._from_config(config, attn_implementation=attention)
+
+    def make(steps: int) -> Trainer:
+        recipe, args, _ = parse_arguments([*words, "--max_steps", str(steps)])
+        return ViTCifarTrainer(model, args, recipe, train_set, train_set, CIFAR10_MEAN, CIFAR10_STD)
+
+    return Contender("vit-cifar, train.py", "bf16" if bf16 else "float32", partial(timed_trainer, make))
+
+
+def plain_loop(model: nn.Module, pixels: torch.Tensor, labels: torch.Tensor, bf16: bool) -> Callable[[int], float]:
+    """The loop that everyone writes, on a batch that lies ready."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+
+    def step() -> None:
+        with autocast(pixels.device, "bf16" if bf16 else "float32"):
+            loss = nn.functional.cross_entropy(model(pixels), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return partial(timed, step)
+
+
+def inference_contenders(config: ViTCifarConfig, batch_size: int, formats: list[str]) -> list[Contender]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    pixels = torch.randn(batch_size, 3, config.image_size, config.image_size, device=device)
+    contenders = []
+    for number_format in formats:
+        dtype = FORMATS[number_format]
+        attention = "eager" if dtype == torch.bfloat16 and device.type == "cpu" else "sdpa"
+        own = ViTCifarForImageClassification._from_config(config, attn_implementation=attention)
+        models = {
+            "vit-cifar": (own, {}),
+            "vit-cifar, all maps": (own, {"output_attentions": True}),
+            "transformers' ViT": (ViTForImageClassification(transformers_config(config)), {}),
+        }
+        if timm_model := timm_vit(config):
+            models["timm's ViT"] = (timm_model, {})
+        for name, (model, options) in models.items():
+            step = partial(infer, model.to(device, dtype).eval(), pixels.to(dtype), options)
+            contenders.append(Contender(name, number_format, partial(timed, step)))
+    return contenders
+
+
+@torch.inference_mode()
+def infer(model: nn.Module, pixels: torch.Tensor, options: dict) -> None:
+    model(pixels, **options)
+
+
+def transformers_config(config: ViTCifarConfig) -> ViTConfig:
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size", "patch_size")
+    return ViTConfig(**{name: getattr(config, name) for name in names}, num_labels=config.num_labels)
+
+
+def timm_vit(config: ViTCifarConfig) -> nn.Module | None:
+    try:
+        from timm.models.vision_transformer import VisionTransformer
+    except ImportError:
+        return None
+    return VisionTransformer(
+        img_size=config.image_size,
+        patch_size=config.patch_size,
+        embed_dim=config.hidden_size,
+        depth=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        mlp_ratio=config.intermediate_size / config.hidden_size,
+        num_classes=config.num_labels,
+    )
+
+
+def per_image_transform() -> v2.Compose:
+    return v2.Compose(
+        [
+            v2.RandomCrop(32, padding=4),
+            v2.RandomHorizontalFlip(),
+            v2.ToImage(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(CIFAR10_MEAN, CIFAR10_STD),
+        ]
+    )
+
+
+def input_pipeline(batch_size: int, repeats: int = 20) -> dict:
+    """Images a second of our batches against one PIL image after another with the same augmentation."""
+    sample = load_split(SAMPLE_NAME, "train")
+    augmentation = Augmentation(len(sample), 0, "random", 4)
+    to_pil, transform = v2.ToPILImage(), per_image_transform()
+    pictures = [to_pil(image) for image in sample.images]
+    indices = torch.arange(batch_size) % len(sample)
+
+    def batched() -> None:
+        batch = sample.__getitems__(indices)
+        images = augmentation(batch["pixel_values"], batch["sample_index"], 0)
+        normalize(images, CIFAR10_MEAN, CIFAR10_STD)
+
+    def one_by_one() -> None:
+        torch.stack([transform(pictures[index]) for index in indices.tolist()])
+
+    both = [
+        Contender("whole batch", "uint8", partial(timed, batched)),
+        Contender("image by image, PIL", "uint8", partial(timed, one_by_one)),
+    ]
+    take_turns(both, 5, repeats // 5, batch_size)
+    return {
+        "images_per_second": both[0].row()["images_per_second"],
+        "per_image_pil_transforms_images_per_second": both[1].row()["images_per_second"],
+        "ratio": ratio(*both),
+    }
+
+
+def matmul_rate(number_format: str, size: int = 2048, repeats: int = 8) -> float:
+    """The best rate of square matrix products that was seen, in FLOP a second."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a, b = (torch.randn(size, size, device=device, dtype=FORMATS[number_format]) for _ in range(2))
+    return 2 * size**3 / min(timed(lambda: a @ b, 1) for _ in range(repeats))
+
+
+def training_flops(config: ViTCifarConfig) -> int:
+    """Multiplications and additions of one image's forward and backward pass in matrix products and convolutions."""
+    model = ViTCifarForImageClassification._from_config(config, attn_implementation="eager")
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, config.image_size, config.image_size), labels=torch.zeros(1).long()).loss.backward()
+    return counter.get_total_flops()
+
+
+def benchmark(batch_size: int = 128, rounds: int = 5, steps: int = 3) -> dict:
+    """The benchmark record: rows of images a second, ratios with their spread, shares of a step."""
+    recipe, _, _ = parse_arguments(["--recipe", RECIPE, "--output_dir", "unused"])
+    config = ViTCifarConfig(**recipe.model)
+    formats = ["bf16", "float32"] if machine_supports_bf16() else ["float32"]
+    best = formats[0]
+    rates = {number_format: matmul_rate(number_format) for number_format in formats}
+    with tempfile.TemporaryDirectory() as folder:
+        training = training_contenders(config, batch_size, formats, folder)
+        take_turns(training, rounds, steps, batch_size)
+    inference = inference_contenders(config, 64, formats)
+    take_turns(inference, rounds, 10 * steps, 64)
+    rates = {n: max(rate, matmul_rate(n)) for n, rate in rates.items()}  # before and after: the machine may slow down
+    pipeline = input_pipeline(batch_size)
+
+    own, flops = training[0], training_flops(config)
+    own_rate = statistics.median(own.rates)
+    others = [c for c in training if c is not own and c.name != own.name]
+    pairs = [(own, other) for other in others]
+    plain, maps = inference[:2]
+    others = [c for c in inference if "vit-cifar" not in c.name and c.number_format == best]
+    pairs += [(a, b) for a in (plain, maps) for b in others]
+    return {
+        "command": f"vit-cifar benchmark --batch-size {batch_size} --rounds {rounds} --steps {steps}",
+        "versions": records.versions(),
+        "hardware": records.hardware(),
+        "environment": {name: os.environ[name] for name in ("LD_PRELOAD", "OMP_NUM_THREADS") if name in os.environ},
+        "model": {name: value for name, value in recipe.model.items()},
+        "batch_size": {"training": batch_size, "inference": 64},
+        "rounds": rounds,
+        "training": [c.row() for c in training],
+        "inference": [c.row() for c in inference],
+        "ratios": [ratio(a, b) for a, b in pairs],
+        "matmul_gflops_per_second": {n: round(rate / 1e9) for n, rate in rates.items()},
+        "training_gflop_per_image": round(flops / 1e9, 3),
+        "share_of_matmul_rate": round(own_rate * flops / rates[best], 3),
+        "input_pipeline": pipeline | {"share_of_a_step": round(own_rate / pipeline["images_per_second"], 4)},
+    }
+
+
+def report(record: dict) -> str:
+    """The record for the terminal."""
+    lines = []
+    for part in ("training", "inference"):
+        lines.append(f"{part}, batch {record['batch_size'][part]}")
+        lines.append(f"  {'images/s':>9}  {'spread':>15}  {'MiB':>6}  format   what")
+        for row in record[part]:
+            low, high = row["spread"]
+            lines.append(
+                f"  {row['images_per_second']:9.1f}  {low:7.1f}–{high:7.1f}  {row['peak_memory_mib']:6,}  "
+                f"{row['number_format']:<7}  {row['name']}"
+            )
+    lines.append("ratios, median and spread over the rounds")
+    for item in record["ratios"]:
+        low, high = item["spread"]
+        lines.append(f"  {item['median']:5.2f}× ({low:.2f}–{high:.2f})  {item['of']}  to  {item['to']}")
+    pipeline, rates = record["input_pipeline"], record["matmul_gflops_per_second"]
+    lines += [
+        f"matrix products: {', '.join(f'{rate} GFLOP/s in {name}' for name, rate in rates.items())}; "
+        f"our training step reaches {record['share_of_matmul_rate']:.0%} of it",
+        f"input pipeline: {pipeline['images_per_second']:,.0f} images/s, {pipeline['share_of_a_step']:.1%} of a step, "
+        f"{pipeline['ratio']['median']:.0f} times per-image PIL transforms",
+    ]
+    return "\n".join(lines)
+
+
+def write(record: dict, path: Path) -> None:
+    path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
