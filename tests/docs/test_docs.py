@@ -8,7 +8,7 @@ import nbformat
 import pytest
 from helpers import ROOT
 
-from vit_cifar.evaluation.records import time_and_machine
+from vit_cifar.evaluation.records import results_row, time_and_machine
 from vit_cifar.training.arguments import RECIPES
 
 CURVES = runpy.run_path(str(ROOT / "docs" / "tutorial" / "curves.py"))
@@ -18,11 +18,20 @@ RESULTS = runpy.run_path(str(ROOT / "docs" / "results.py"))
 def test_readmes_results_are_the_records():
     readme = (ROOT / "README.md").read_text()
     assert RESULTS["fill"](readme) == readme, "python docs/results.py fills README again"
-    rows = RESULTS["records"]()
-    assert len(rows) >= 7
-    for path, record in rows.values():
-        assert f"]({path}) | {record['parameters']:,} |" in readme
-        assert f"{record['test_accuracy']:.2%}" in readme and record["command"] in readme
+    rows = RESULTS["runs"]()
+    assert len(rows) >= 8
+    for found in rows.values():
+        assert found[0][1]["command"] in readme
+        for path, record in found:
+            assert f"]({path})" in readme and f" {record['parameters']:,} |" in readme
+            assert len(found) > 1 or f"{record['test_accuracy']:.2%}" in readme
+
+
+def test_a_row_of_several_seeds_is_their_mean_and_deviation():
+    path, record = RESULTS["runs"]()["vit-cifar10-nano"][0]
+    found = [(f"{path}{seed}", record | {"seed": seed, "test_accuracy": 0.80 + seed / 100}) for seed in (0, 1, 2)]
+    row = results_row("three", found)
+    assert f"81.00% ± 1.00% (n = 3, seeds [0]({path}0), [1]({path}1), [2]({path}2))" in row
 
 
 def test_the_tutorials_page_is_that_of_the_records():

@@ -71,3 +71,38 @@ def test_shifts_are_uniform():
     counts = rows.bincount(minlength=32)[12:21]
     assert counts.sum() == 9000
     assert counts.min() > 850  # 1000 expected, standard deviation 30
+
+
+def slow_cutmix(image: torch.Tensor, other: torch.Tensor, draw: list[float], probability: float):
+    """Pixel by pixel: a square of the other image, and the share that is left of the first."""
+    mixed, _, share, row, column = draw[5:]
+    size, image = image.shape[-1], image.clone()
+    side = int(torch.tensor(share).sqrt() * size) if mixed < probability else 0
+    top, left = int(row * size) - side // 2, int(column * size) - side // 2
+    taken = 0
+    for y in range(max(top, 0), min(top + side, size)):
+        for x in range(max(left, 0), min(left + side, size)):
+            image[:, y, x] = other[:, y, x]
+            taken += 1
+    return image, 1 - taken / size**2
+
+
+def test_cutmix_equals_pixel_by_pixel_and_the_share_is_what_is_left():
+    augmentation = Augmentation(12, 5, cutmix_probability=0.7)
+    for epoch in (0, 1):
+        partners = augmentation.partners(INDEX, epoch)
+        mixed, shares = augmentation.cutmix(IMAGES, IMAGES[partners], INDEX, epoch)
+        draws = augmentation.draws(epoch).tolist()
+        for i, draw in enumerate(draws):
+            expected, share = slow_cutmix(IMAGES[i], IMAGES[int(draw[6] * 12)], draw, 0.7)
+            assert torch.equal(mixed[i], expected)
+            assert shares[i] == pytest.approx(share)
+        assert (shares == 1).any() and (shares < 1).any()
+
+
+def test_cutmix_does_not_depend_on_the_batch():
+    augmentation, order = Augmentation(12, 5, cutmix_probability=1.0), torch.tensor([7, 2, 11])
+    whole, part = (
+        augmentation.cutmix(IMAGES[rows], IMAGES[augmentation.partners(rows, 3)], rows, 3) for rows in (INDEX, order)
+    )
+    assert torch.equal(whole[0][order], part[0]) and torch.equal(whole[1][order], part[1])

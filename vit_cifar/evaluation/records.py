@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import shlex
+import statistics
 import subprocess
 from pathlib import Path
 
@@ -144,26 +145,27 @@ def plot_losses(record: dict, path: str | Path) -> None:
 
 def time_and_machine(record: dict) -> str:
     """As in "44 min on 2 CPU cores, bf16 autocast"."""
-    hardware = record["hardware"]
+    hardware, minutes = record["hardware"], record["wall_time_seconds"] / 60
     cores = f"{hardware['threads']} of " * (hardware["threads"] < hardware["cores"]) + f"{hardware['cores']} CPU cores"
-    return f"{record['wall_time_seconds'] / 60:.0f} min on {hardware.get('gpu') or cores}, {record['number_format']}"
+    return f"{minutes:.{0 if minutes > 10 else 1}f} min on {hardware.get('gpu') or cores}, {record['number_format']}"
 
 
-def results_table(records: dict[str, tuple[str, dict]]) -> str:
-    """README's results as Markdown: a row each, and the commands folded away below them.
+def results_row(name: str, runs: list[tuple[str, dict]]) -> str:
+    """A row of README's results in Markdown: one training, or the mean of several that differ in the seed alone.
 
     Args:
-        records: {what the row is called: (path of the record from the repository's root, the record)}.
+        runs: (path of the record from the repository's root, the record).
     """
-    rows = ["| model | parameters | passes | test accuracy | time | dataset |", "|---|---|---|---|---|---|"]
-    commands = []
-    for name, (path, record) in records.items():
-        accuracy = f"{record['test_accuracy']:.2%} (n = 1, seed {record['seed']})"
-        rows.append(
-            f"| [{name}]({path}) | {record['parameters']:,} | {record['arguments']['num_train_epochs']:g} "
-            f"| {accuracy} | {time_and_machine(record)} | {record['dataset']['name']} |"
-        )
-        commands.append(f"- {name}: `{record['command']}`")
-    return "\n".join(
-        [*rows, "", "<details><summary>The command of each row</summary>", "", *commands, "", "</details>"]
+    first = runs[0][1]
+    if len(runs) == 1:
+        accuracy = f"{first['test_accuracy']:.2%} (n = 1, seed {first['seed']})"
+        name = f"[{name}]({runs[0][0]})"
+    else:
+        found = [record["test_accuracy"] for _, record in runs]
+        seeds = ", ".join(f"[{record['seed']}]({path})" for path, record in runs)
+        accuracy = f"{statistics.mean(found):.2%} ± {statistics.stdev(found):.2%} (n = {len(runs)}, seeds {seeds})"
+    time = {"wall_time_seconds": statistics.mean(record["wall_time_seconds"] for _, record in runs)}
+    return (
+        f"| {name} | {first['parameters']:,} | {first['arguments']['num_train_epochs']:g} | {accuracy} "
+        f"| {time_and_machine(first | time)} | {first['dataset']['name']} |"
     )
