@@ -70,6 +70,7 @@ def main(argv: list[str]) -> None:
     public = {"dataset_name": dataset_name}
     if recipe.model_name_or_path:
         public["model_name_or_path"] = records.public_name(recipe.model_name_or_path)
+        public["model_revision"] = pretrained.config._commit_hash or records.weights_sha256(recipe.model_name_or_path)
     record = {
         "recipe": recipe.recipe,
         "command": records.public_command(["python", "train.py", *argv], public),

@@ -1,6 +1,6 @@
 """Runs the small steps that the recipes were found by and fills recipes.md from them.
 
-python docs/recipes.py DATASET [OUTPUT_FOLDER]   # runs what recipes.json lacks, one core each
+python docs/recipes.py DATASET [OUTPUT_FOLDER]   # runs what recipes.json lacks, two at a time, one core each
 python docs/recipes.py                           # only fills recipes.md
 """
 
@@ -9,7 +9,7 @@ import os
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from vit_cifar.evaluation.records import read_record
@@ -44,7 +44,7 @@ STEPS = {
 
 
 def train(name: str, dataset_name: str, folder: Path) -> dict:
-    output = folder / str(list(STEPS).index(name))
+    output = folder / re.sub(r"\W+", "_", name)
     words = [*BASE, *STEPS[name], "--dataset_name", dataset_name, "--dataset_title", "cifar10-jpeg-q75"]
     subprocess.run(
         [sys.executable, "train.py", *words, "--output_dir", str(output), "--disable_tqdm", "true"],
@@ -53,9 +53,7 @@ def train(name: str, dataset_name: str, folder: Path) -> dict:
         check=True,
         stdout=subprocess.DEVNULL,
     )
-    record = read_record(output)
-    kept = ("parameters", "validation_accuracy", "wall_time_seconds", "number_format", "hardware", "git_commit")
-    return {"arguments": [*BASE, *STEPS[name]]} | {key: record[key] for key in kept}
+    return read_record(output)
 
 
 def table(log: dict[str, dict]) -> str:
@@ -79,12 +77,12 @@ def main(dataset_name: str | None = None, output_folder: str = "runs/steps") -> 
     log = json.loads(LOG.read_text()) if LOG.exists() else {}
     if dataset_name is not None:
         missing = [name for name in STEPS if name not in log]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            runs = pool.map(lambda name: train(name, dataset_name, Path(output_folder)), missing)
-            for name, run in zip(missing, runs, strict=True):
-                log[name] = run
+        with ThreadPoolExecutor(2) as pool:
+            runs = {pool.submit(train, name, dataset_name, Path(output_folder)): name for name in missing}
+            for run in as_completed(runs):
+                log[runs[run]] = run.result()
                 LOG.write_text(json.dumps(log, indent=2, ensure_ascii=False) + "\n")
-                print(f"{run['validation_accuracy']:.2%}  {name}", flush=True)
+                print(f"{run.result()['validation_accuracy']:.2%}  {runs[run]}", flush=True)
     PAGE.write_text(fill(PAGE.read_text(), log))
 
 

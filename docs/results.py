@@ -5,6 +5,7 @@ python docs/results.py
 
 import json
 import re
+import runpy
 from pathlib import Path
 
 from vit_cifar import ViTCifarConfig, ViTCifarForImageClassification
@@ -12,6 +13,7 @@ from vit_cifar.evaluation.records import RECORD_NAME, read_record, results_row
 from vit_cifar.training.arguments import parse_arguments
 
 ROOT = Path(__file__).parents[1]
+FINETUNING = runpy.run_path(str(ROOT / "docs" / "finetuning.py"))
 NOT_RUN_YET = ("small", "small_long")  # they need a GPU
 
 
@@ -22,7 +24,8 @@ def runs() -> dict[str, list[tuple[str, dict]]]:
         for folder in sorted((ROOT / "hub_card" / "models").iterdir())
     }
     seeds = sorted((ROOT / "docs" / "speedrun").glob("seed_*.json"))
-    rows["speedrun"] = [(str(path.relative_to(ROOT)), json.loads(path.read_text())) for path in seeds]
+    if seeds:
+        rows["speedrun"] = [(str(path.relative_to(ROOT)), json.loads(path.read_text())) for path in seeds]
     for variant in ("basic", "pe", "pe_conv"):
         for ending, protocol in (("", ""), ("_validation_out_of_train", ", validation out of train")):
             path = f"docs/tutorial/tutorial_{variant}{ending}.json"
@@ -49,8 +52,37 @@ def results() -> str:
     )
 
 
+def speed() -> str:
+    """The benchmark's ratios as Markdown."""
+    record = json.loads((ROOT / "docs" / "benchmark.json").read_text())
+    rate = {f"{row['name']}, {row['number_format']}": row for part in ("training", "inference") for row in record[part]}
+    rows = ["| ours | images/s | theirs | images/s | ours to theirs |", "|---|---|---|---|---|"]
+    for item in record["ratios"]:
+        ours, theirs = (rate[item[side]]["images_per_second"] for side in ("of", "to"))
+        low, high = item["spread"]
+        rows.append(
+            f"| {item['of']} | {ours:.0f} | {item['to']} | {theirs:.0f} | {item['median']:.2f}× ({low:.2f}–{high:.2f}) |"
+        )
+    pipeline = record["input_pipeline"]
+    return "\n".join(
+        [
+            *rows,
+            "",
+            f"`{record['command']}` on {record['hardware']['cores']} CPU cores, batch {record['batch_size']['training']} in "
+            f"training and {record['batch_size']['inference']} in inference; the median of {record['rounds']} rounds and "
+            f"their spread. Our training step reaches {record['share_of_matmul_rate']:.0%} of the machine's measured rate "
+            f"of matrix products; the input pipeline is {pipeline['share_of_a_step']:.1%} of it and "
+            f"{pipeline['ratio']['median']:.0f} times as fast as per-image PIL transforms.",
+        ]
+    )
+
+
+def finetuning() -> str:
+    return FINETUNING["table"](json.loads(FINETUNING["RECORDS"].read_text()))
+
+
 def fill(readme: str) -> str:
-    for name, table in {"results": results()}.items():
+    for name, table in {"results": results(), "speed": speed(), "finetuning": finetuning()}.items():
         start, end = f"<!-- {name}: made by docs/results.py -->\n", f"<!-- end of {name} -->"
         readme = re.sub(f"{start}.*{end}", lambda _, t=f"{start}{table}\n{end}": t, readme, flags=re.DOTALL)
     return readme

@@ -93,8 +93,8 @@ def benchmark(
     from .evaluation.benchmark import benchmark as measure
     from .evaluation.benchmark import report, write
 
-    if output is not None and output.exists():
-        raise typer.BadParameter(f"expected a new file, got {output}, which exists", param_hint="--output")
+    if output is not None and (output.exists() or not output.parent.is_dir()):
+        raise typer.BadParameter(f"expected a new file in a folder that exists, got {output}", param_hint="--output")
     record = measure(batch_size, rounds, steps)
     print(report(record))
     if output is not None:

@@ -95,7 +95,11 @@ def test_tutorial_recipes_are_the_tutorials(tmp_path):
         (["--recipe", "smoke", "--output_dir", "x", "--freeze_body"], "freeze_body: expected --model_name_or_path"),
         (
             ["--model_name_or_path", "m", "--output_dir", "x", "--freeze_body", "--optimizer", "muon"],
-            "freeze_body: expected .* an optimizer other than muon",
+            "freeze_body: expected optimizer trainer or adam for the head, got muon",
+        ),
+        (
+            ["--model_name_or_path", "m", "--output_dir", "x", "--whiten_first_convolution"],
+            "whiten_first_convolution: expected a model with random weights",
         ),
         (["--recipe", "nano"], "the following arguments are required: --output_dir"),
         (["--recipe", "nanu", "--output_dir", "x"], "recipe: expected one of finetune, nano, .* got 'nanu'"),

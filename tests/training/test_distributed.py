@@ -61,10 +61,10 @@ def losses(folder: Path) -> list[float]:
 @pytest.mark.slow
 def test_nano_trains_in_two_processes_as_in_one_and_resumes_exactly(tmp_path):
     one_process = [sys.executable]
-    two_processes = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29531"]
+    two_processes = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     accelerate += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    accelerate += ["--main_process_port", "29532"]
+    accelerate += ["--main_process_port", "0"]  # any that is free
 
     def train(launcher: list[str], name: str, batch_size: int, *more: str) -> Path:
         finished = run(

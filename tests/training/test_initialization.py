@@ -3,8 +3,9 @@ import torch
 
 from vit_cifar import ViTCifarConfig, ViTCifarForImageClassification
 from vit_cifar.configuration_vit_cifar import CIFAR10_CLASSES
+from vit_cifar.training.arguments import parse_arguments
 from vit_cifar.training.data import CIFAR10_MEAN, CIFAR10_STD, load_split, normalize
-from vit_cifar.training.initialization import adapt, whiten
+from vit_cifar.training.initialization import adapt, load_start, whiten
 
 IMAGES = torch.randn(3, 3, 48, 48, generator=torch.Generator().manual_seed(0))
 
@@ -45,9 +46,21 @@ def test_another_image_size_starts_from_interpolated_positions(position_embeddin
     torch.testing.assert_close(model.eval()(IMAGES).logits, pretrained(IMAGES).logits)
 
 
-def test_fields_that_do_not_fit_the_weights_are_refused():
-    with pytest.raises(ValueError, match=r"expected fields that fit the trained weights, got .*'hidden_size': 64"):
-        adapt(build(), ["a", "b"], "eager", hidden_size=64)
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("hidden_size=64", "config_overrides: expected image_size, .* with --model_name_or_path, got hidden_size"),
+        ("drop_path=0.1", "config_overrides: expected .*, got drop_path"),
+        ("image_size=47", "patch_size: expected a divisor of image_size 47, got 4"),
+    ],
+)
+def test_fields_that_a_trained_model_cannot_change_are_refused_before_any_image_is_read(
+    tiny_model_folder, tmp_path, overrides, message
+):
+    words = ["--model_name_or_path", str(tiny_model_folder), "--output_dir", str(tmp_path)]
+    recipe, _, _ = parse_arguments([*words, "--config_overrides", overrides])
+    with pytest.raises(ValueError, match=message):
+        load_start(recipe)
 
 
 def test_whitened_filters_give_outputs_that_do_not_correlate():

@@ -1,9 +1,13 @@
 """`vit-cifar benchmark`: training and inference beside others, in one process, in turns, at the tutorial's size."""
 
+import ctypes
+import importlib.metadata
+import importlib.util
 import json
 import os
-import resource
+import re
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -36,6 +40,9 @@ from . import records
 
 RECIPE = "tutorial_pe_conv"
 WARM_UP_STEPS = 1
+# transformers' and timm's ViT mix the heads after attention, the tutorial's model does not: like is compared with like.
+PROJECTED = ", with output projection"
+STOCK = "transformers' ViT, stock Trainer, per-image transforms"
 FORMATS = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -94,16 +101,18 @@ class Contender:
     name: str
     number_format: str
     run: Callable[[int], float]
+    parameters: int | None = None
     rates: list[float] = field(default_factory=list)  # images a second, one for each round
-    peak_memory_mib: float = 0.0
+    peak_memory_mib: float | None = None  # on top of what the process held before
 
     def row(self) -> dict:
         return {
             "name": self.name,
             "number_format": self.number_format,
+            "parameters": self.parameters,
             "images_per_second": round(statistics.median(self.rates), 1),
             "spread": [round(min(self.rates), 1), round(max(self.rates), 1)],
-            "peak_memory_mib": round(self.peak_memory_mib),
+            "peak_memory_mib": None if self.peak_memory_mib is None else round(self.peak_memory_mib),
         }
 
 
@@ -147,32 +156,38 @@ def timed_trainer(make: Callable[[int], Trainer], steps: int) -> float:
 
 
 def take_turns(contenders: list[Contender], rounds: int, steps: int, batch_size: int) -> None:
-    """All contenders once a round, so that a slow minute of the machine meets all of them."""
-    process = psutil.Process()
-    for _ in range(rounds):
-        for contender in contenders:
-            before = process.memory_info().rss
-            reset_peak_memory()
-            contender.rates.append(batch_size * steps / contender.run(steps))
-            contender.peak_memory_mib = max(contender.peak_memory_mib, (peak_memory() - before) / 2**20)
+    """All contenders once a round, each round from another one on: a slow minute of the machine meets all of them."""
+    for number in range(rounds):
+        start = number % len(contenders)
+        for contender in contenders[start:] + contenders[:start]:
+            with PeakMemory() as memory:
+                contender.rates.append(batch_size * steps / contender.run(steps))
+            if memory.mib is not None:
+                contender.peak_memory_mib = max(contender.peak_memory_mib or 0, memory.mib)
 
 
-def reset_peak_memory() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    elif Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts again from what is in use
+class PeakMemory:
+    """`mib`: the most memory in use meanwhile, on top of what was in use before; None where it cannot be told."""
 
+    mib: float | None = None
 
-def peak_memory() -> int:
-    """Bytes: the most that the process had in memory; on a GPU, what it has now and the most that PyTorch allocated."""
-    if torch.cuda.is_available():
-        return psutil.Process().memory_info().rss + torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    def __enter__(self) -> "PeakMemory":
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+        elif sys.platform == "linux":
+            if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+                libc.malloc_trim(0)  # what earlier contenders freed goes back, or this one would seem to need none
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is in use
+            self.before = psutil.Process().memory_info().rss
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if torch.cuda.is_available():
+            self.mib = (torch.cuda.max_memory_allocated() - self.before) / 2**20
+        elif sys.platform == "linux":
+            peak = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+            self.mib = (int(peak[1]) * 1024 - self.before) / 2**20
 
 
 def ratio(of: Contender, to: Contender) -> dict:
@@ -203,45 +218,54 @@ def training_contenders(config: ViTCifarConfig, batch_size: int, formats: list[s
     )
     pixels = normalize(train_set.images[:batch_size], CIFAR10_MEAN, CIFAR10_STD).to(device)
     labels = train_set.labels[:batch_size].to(device)
+    projected = ViTCifarConfig.from_dict(config.to_dict() | {"attention_output_projection": True})
     contenders = []
     for number_format in formats:
         bf16 = number_format == "bf16"
-        contenders.append(ours(config, train_set, batch_size, bf16, folder))
+        contenders.append(ours("vit-cifar, train.py", config, train_set, batch_size, bf16, folder))
+        contenders.append(ours(f"vit-cifar, train.py{PROJECTED}", projected, train_set, batch_size, bf16, folder))
         loops = {"plain PyTorch loop, the tutorial's model": PlainViT(config)}
         if timm_model := timm_vit(config):
             loops["plain PyTorch loop, timm's ViT"] = timm_model
         for name, model in loops.items():
-            contenders.append(Contender(name, number_format, plain_loop(model.to(device), pixels, labels, bf16)))
-        if bf16 or len(formats) == 1:
-            stock = ViTForImageClassification(transformers_config(config))
-            arguments = {
-                "output_dir": folder,
-                "per_device_train_batch_size": batch_size,
-                "learning_rate": 1e-3,
-                "bf16": bf16,
-                "use_cpu": device.type == "cpu",
-                "dataloader_pin_memory": device.type == "cuda",
-                "remove_unused_columns": False,
-                "disable_tqdm": True,
-                "logging_strategy": "no",
-                "save_strategy": "no",
-            }
-
-            name = "transformers' ViT, stock Trainer, per-image transforms"
-            make = partial(stock_trainer, stock, rows, arguments)
-            contenders.append(Contender(name, number_format, partial(timed_trainer, make)))
+            run = plain_loop(model.to(device), pixels, labels, bf16)
+            contenders.append(Contender(name, number_format, run, count(model)))
+        stock = ViTForImageClassification(transformers_config(config))
+        arguments = {
+            "output_dir": folder,
+            "per_device_train_batch_size": batch_size,
+            "learning_rate": 1e-3,
+            "lr_scheduler_type": "constant",
+            "max_grad_norm": 0.0,  # as the others; its optimizer stays stock, fused AdamW
+            "bf16": bf16,
+            "use_cpu": device.type == "cpu",
+            "dataloader_pin_memory": device.type == "cuda",
+            "remove_unused_columns": False,
+            "disable_tqdm": True,
+            "logging_strategy": "no",
+            "save_strategy": "no",
+        }
+        make = partial(stock_trainer, stock, rows, arguments)
+        contenders.append(Contender(STOCK, number_format, partial(timed_trainer, make), count(stock)))
     return contenders
+
+
+def count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def stock_trainer(model: nn.Module, rows: datasets.Dataset, arguments: dict, steps: int) -> Trainer:
     return Trainer(model, TrainingArguments(**arguments, max_steps=steps), train_dataset=rows)
 
 
-def ours(config: ViTCifarConfig, train_set: ImageDataset, batch_size: int, bf16: bool, folder: str) -> Contender:
+def ours(
+    name: str, config: ViTCifarConfig, train_set: ImageDataset, batch_size: int, bf16: bool, folder: str
+) -> Contender:
     """What train.py does, Trainer and augmentation included."""
     words = ["--recipe", RECIPE, "--output_dir", folder, "--bf16", str(bf16), "--disable_tqdm", "true"]
     words += ["--per_device_train_batch_size", str(batch_size), "--eval_strategy", "no", "--save_strategy", "no"]
     words += ["--logging_strategy", "no", "--load_best_model_at_end", "false"]
+    words += ["--use_cpu", str(not torch.cuda.is_available())]
     attention = "eager" if bf16 and not torch.cuda.is_available() else "sdpa"
     model = ViTCifarForImageClassification._from_config(config, attn_implementation=attention)
 
@@ -249,7 +273,7 @@ def ours(config: ViTCifarConfig, train_set: ImageDataset, batch_size: int, bf16:
         recipe, args, _ = parse_arguments([*words, "--max_steps", str(steps)])
         return ViTCifarTrainer(model, args, recipe, train_set, train_set, CIFAR10_MEAN, CIFAR10_STD)
 
-    return Contender("vit-cifar, train.py", "bf16" if bf16 else "float32", partial(timed_trainer, make))
+    return Contender(name, "bf16" if bf16 else "float32", partial(timed_trainer, make), count(model))
 
 
 def plain_loop(model: nn.Module, pixels: torch.Tensor, labels: torch.Tensor, bf16: bool) -> Callable[[int], float]:
@@ -274,16 +298,19 @@ def inference_contenders(config: ViTCifarConfig, batch_size: int, formats: list[
         dtype = FORMATS[number_format]
         attention = "eager" if dtype == torch.bfloat16 and device.type == "cpu" else "sdpa"
         own = ViTCifarForImageClassification._from_config(config, attn_implementation=attention)
+        projected = ViTCifarConfig.from_dict(config.to_dict() | {"attention_output_projection": True})
+        like = ViTCifarForImageClassification._from_config(projected, attn_implementation=attention)
         models = {
             "vit-cifar": (own, {}),
-            "vit-cifar, all maps": (own, {"output_attentions": True}),
+            f"vit-cifar{PROJECTED}": (like, {}),
+            f"vit-cifar{PROJECTED}, all maps": (like, {"output_attentions": True}),
             "transformers' ViT": (ViTForImageClassification(transformers_config(config)), {}),
         }
         if timm_model := timm_vit(config):
             models["timm's ViT"] = (timm_model, {})
         for name, (model, options) in models.items():
             step = partial(infer, model.to(device, dtype).eval(), pixels.to(dtype), options)
-            contenders.append(Contender(name, number_format, partial(timed, step)))
+            contenders.append(Contender(name, number_format, partial(timed, step), count(model)))
     return contenders
 
 
@@ -298,10 +325,10 @@ def transformers_config(config: ViTCifarConfig) -> ViTConfig:
 
 
 def timm_vit(config: ViTCifarConfig) -> nn.Module | None:
-    try:
-        from timm.models.vision_transformer import VisionTransformer
-    except ImportError:
+    if importlib.util.find_spec("timm") is None:
         return None
+    from timm.models.vision_transformer import VisionTransformer
+
     return VisionTransformer(
         img_size=config.image_size,
         patch_size=config.patch_size,
@@ -353,11 +380,11 @@ def input_pipeline(batch_size: int, repeats: int = 20) -> dict:
     }
 
 
-def matmul_rate(number_format: str, size: int = 2048, repeats: int = 8) -> float:
+def matmul_rate(number_format: str, size: int = 2048, products: int = 10, repeats: int = 4) -> float:
     """The best rate of square matrix products that was seen, in FLOP a second."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     a, b = (torch.randn(size, size, device=device, dtype=FORMATS[number_format]) for _ in range(2))
-    return 2 * size**3 / min(timed(lambda: a @ b, 1) for _ in range(repeats))
+    return products * 2 * size**3 / min(timed(lambda: a @ b, products) for _ in range(repeats))
 
 
 def training_flops(config: ViTCifarConfig) -> int:
@@ -385,14 +412,18 @@ def benchmark(batch_size: int = 128, rounds: int = 5, steps: int = 3) -> dict:
 
     own, flops = training[0], training_flops(config)
     own_rate = statistics.median(own.rates)
-    others = [c for c in training if c is not own and c.name != own.name]
-    pairs = [(own, other) for other in others]
-    plain, maps = inference[:2]
-    others = [c for c in inference if "vit-cifar" not in c.name and c.number_format == best]
-    pairs += [(a, b) for a in (plain, maps) for b in others]
+    pairs = []
+    for contenders in (training, inference):
+        for a in (c for c in contenders if c.name.startswith("vit-cifar")):
+            theirs = [c for c in contenders if not c.name.startswith("vit-cifar")]
+            like = [c for c in theirs if (PROJECTED in a.name) != ("tutorial" in c.name)]
+            pairs += [
+                (a, c) for c in like if c.number_format == a.number_format or (contenders is training and a is own)
+            ]
     return {
         "command": f"vit-cifar benchmark --batch-size {batch_size} --rounds {rounds} --steps {steps}",
-        "versions": records.versions(),
+        "git_commit": records.git_commit(Path(__file__).parent),
+        "versions": records.versions() | {"timm": importlib.metadata.version("timm") if timm_vit(config) else None},
         "hardware": records.hardware(),
         "environment": {name: os.environ[name] for name in ("LD_PRELOAD", "OMP_NUM_THREADS") if name in os.environ},
         "model": {name: value for name, value in recipe.model.items()},
@@ -403,8 +434,8 @@ def benchmark(batch_size: int = 128, rounds: int = 5, steps: int = 3) -> dict:
         "ratios": [ratio(a, b) for a, b in pairs],
         "matmul_gflops_per_second": {n: round(rate / 1e9) for n, rate in rates.items()},
         "training_gflop_per_image": round(flops / 1e9, 3),
-        "share_of_matmul_rate": round(own_rate * flops / rates[best], 3),
-        "input_pipeline": pipeline | {"share_of_a_step": round(own_rate / pipeline["images_per_second"], 4)},
+        "share_of_matmul_rate": own_rate * flops / rates[best],
+        "input_pipeline": pipeline | {"share_of_a_step": own_rate / pipeline["images_per_second"]},
     }
 
 
@@ -417,9 +448,11 @@ def report(record: dict) -> str:
         for row in record[part]:
             low, high = row["spread"]
             lines.append(
-                f"  {row['images_per_second']:9.1f}  {low:7.1f}–{high:7.1f}  {row['peak_memory_mib']:6,}  "
+                f"  {row['images_per_second']:9.1f}  {low:7.1f}–{high:7.1f}  {row['peak_memory_mib'] or '':>6}  "
                 f"{row['number_format']:<7}  {row['name']}"
             )
+    if record["versions"]["timm"] is None:
+        lines.append("timm is not installed: no rows of it")
     lines.append("ratios, median and spread over the rounds")
     for item in record["ratios"]:
         low, high = item["spread"]

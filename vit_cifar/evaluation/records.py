@@ -85,8 +85,9 @@ def git_commit(folder: str | Path) -> str | None:
 
 
 def public_name(name: str) -> str:
-    """A Hub id as it is, a folder of one machine by its last part."""
-    return Path(name).resolve().name if Path(name).exists() else name
+    """A Hub id or a folder of the checkout as it is, a folder of one machine by its last part."""
+    path = Path(name)
+    return path.resolve().name if path.exists() and (path.is_absolute() or ".." in path.parts) else name
 
 
 def public_command(words: list[str], names: dict[str, str]) -> str:
@@ -146,8 +147,12 @@ def plot_losses(record: dict, path: str | Path) -> None:
 def time_and_machine(record: dict) -> str:
     """As in "44 min on 2 CPU cores, bf16 autocast"."""
     hardware, minutes = record["hardware"], record["wall_time_seconds"] / 60
-    cores = f"{hardware['threads']} of " * (hardware["threads"] < hardware["cores"]) + f"{hardware['cores']} CPU cores"
-    return f"{minutes:.{0 if minutes > 10 else 1}f} min on {hardware.get('gpu') or cores}, {record['number_format']}"
+    processes = hardware.get("processes", 1)
+    used = hardware["threads"] * processes
+    machine = f"{used} of " * (used < hardware["cores"]) + f"{hardware['cores']} CPU cores"
+    if "gpu" in hardware:
+        machine = f"{processes} × " * (processes > 1) + hardware["gpu"]
+    return f"{minutes:.{0 if minutes > 10 else 1}f} min on {machine}, {record['number_format']}"
 
 
 def results_row(name: str, runs: list[tuple[str, dict]]) -> str:

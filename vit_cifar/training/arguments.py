@@ -153,8 +153,12 @@ def parse_arguments(argv: list[str]) -> tuple[RecipeArguments, TrainingArguments
         parser.error("optimizer: expected bf16 or float32 for muon, got fp16")  # its scaler knows nothing of the views
     if recipe_args.recipe == "finetune" and recipe_args.model_name_or_path is None:
         parser.error("model_name_or_path: expected a model folder or a Hub id with the recipe finetune, got none")
-    if recipe_args.freeze_body and (recipe_args.model_name_or_path is None or recipe_args.optimizer == "muon"):
-        parser.error("freeze_body: expected --model_name_or_path and an optimizer other than muon, got another")
+    if recipe_args.freeze_body and recipe_args.model_name_or_path is None:
+        parser.error("freeze_body: expected --model_name_or_path with it, got none")
+    if recipe_args.freeze_body and recipe_args.optimizer == "muon":
+        parser.error("freeze_body: expected optimizer trainer or adam for the head, got muon, which is for the body")
+    if recipe_args.whiten_first_convolution and recipe_args.model_name_or_path:
+        parser.error("whiten_first_convolution: expected a model with random weights, got --model_name_or_path")
     if training_args.push_to_hub:
         parser.error("push_to_hub: training never publishes; publish a trained folder with `vit-cifar publish`")
     return recipe_args, training_args, parser

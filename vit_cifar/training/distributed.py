@@ -1,8 +1,21 @@
-"""Batch normalisation over the batches of all processes: what makes n processes train as one does."""
+"""Batch normalisation over the batches of all processes: what makes several processes train as one does."""
 
 import torch
-from torch import nn
-from torch.distributed.nn.functional import all_reduce
+from torch import distributed, nn
+
+
+class SumOverProcesses(torch.autograd.Function):
+    """The sum of every process's tensor; the gradient is the sum of every process's gradient."""
+
+    @staticmethod
+    def forward(ctx: object, tensor: torch.Tensor) -> torch.Tensor:
+        total = tensor.clone()
+        distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: object, gradient: torch.Tensor) -> torch.Tensor:
+        return SumOverProcesses.apply(gradient)
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
@@ -16,10 +29,11 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         if not self.training:
             return super().forward(input)
         x = input.float()
-        count = all_reduce(x.new_tensor(x.numel() / x.shape[1]))
-        mean = all_reduce(x.sum((0, 2, 3))) / count
+        size = x.new_tensor([x.numel() / x.shape[1]])
+        total, count = SumOverProcesses.apply(torch.cat([x.sum((0, 2, 3)), size])).split([x.shape[1], 1])
+        mean = total / count
         centred = x - mean[:, None, None]
-        variance = all_reduce(centred.square().sum((0, 2, 3))) / count
+        variance = SumOverProcesses.apply(centred.square().sum((0, 2, 3))) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)

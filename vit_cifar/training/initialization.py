@@ -10,18 +10,28 @@ from ..models import load_model
 from .arguments import RecipeArguments
 from .data import ImageDataset, image_processor, normalize
 
+# What can change about a trained model; other fields would change what its weights mean.
+ADAPTABLE = (
+    *("image_size", "drop_path_rate", "patch_drop_rate"),
+    *("hidden_dropout_prob", "attention_probs_dropout_prob"),
+)
+
 
 def load_start(recipe: RecipeArguments) -> tuple[ViTCifarForImageClassification | None, ViTImageProcessor]:
     """(the trained model that the recipe names, or None; the processor of the model to come).
 
     Raises:
         ModelError: there is no such model.
-        ValueError: the recipe's config fields are wrong.
+        ValueError: the recipe's config fields are wrong, or not among ADAPTABLE for a trained model.
     """
     if recipe.model_name_or_path is None:
         return None, image_processor(ViTCifarConfig(**recipe.model).image_size)
+    if others := [name for name in recipe.model if name not in ADAPTABLE]:
+        raise ValueError(
+            f"config_overrides: expected {', '.join(ADAPTABLE)} with --model_name_or_path, got {', '.join(others)}"
+        )
     pretrained, processor = load_model(recipe.model_name_or_path)
-    size = recipe.model.get("image_size", pretrained.config.image_size)
+    size = ViTCifarConfig.from_dict(pretrained.config.to_dict() | recipe.model).image_size
     return pretrained, image_processor(size, processor.image_mean, processor.image_std)
 
 
@@ -35,7 +45,7 @@ def initial_model(
     """(The model that training starts with, one line that says what it is); seed before.
 
     Raises:
-        ValueError: whitening without a convolutional stem, or fields that do not fit the trained weights.
+        ValueError: whitening without a convolutional stem.
     """
     if pretrained is not None:
         model, said = adapt(pretrained, train_set.classes, attn_implementation, **recipe.model)
@@ -63,10 +73,7 @@ def adapt(
     table, learned or sinusoidal, interpolated to the new grid.
 
     Args:
-        fields: of the config, as in image_size=48 or drop_path_rate=0.1.
-
-    Raises:
-        ValueError: the weights do not fit a model with these fields.
+        fields: of the config, from ADAPTABLE.
     """
     old, weights, said = pretrained.config, pretrained.state_dict(), []
     old_classes = [old.id2label[index] for index in range(old.num_labels)]
@@ -85,10 +92,7 @@ def adapt(
     model = ViTCifarForImageClassification._from_config(config, attn_implementation=attn_implementation)
     if classes != old_classes:
         weights |= {f"classifier.{name}": value for name, value in model.classifier.state_dict().items()}
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ValueError(f"config_overrides: expected fields that fit the trained weights, got {fields}") from error
+    model.load_state_dict(weights)
     return model, ", ".join(said)
 
 
@@ -104,9 +108,12 @@ def whiten(convolution: nn.Conv2d, train_set: ImageDataset, mean: list[float], s
     The scale that makes the outputs white is left to the BatchNorm behind it.
     """
     size, count = convolution.kernel_size[0], len(convolution.weight)
-    images = normalize(train_set.images[:2000], mean, std).double()  # the smallest components are 1/500 of the largest
-    patches = nn.functional.unfold(images, size).transpose(1, 2).flatten(0, 1)  # (patches, channels * size * size)
-    _, components = torch.linalg.eigh(patches.T @ patches / len(patches))
-    filters = components.T.flip(0)
+    some = train_set.images[:: max(1, len(train_set) // 2000)]  # from everywhere: folders are sorted by class
+    covariance = 0
+    for images in some.split(100):
+        # float64: the smallest components are 1/500 of the largest.
+        patches = nn.functional.unfold(normalize(images, mean, std).double(), size).transpose(1, 2).flatten(0, 1)
+        covariance += patches.T @ patches  # (channels * size * size, the same)
+    filters = torch.linalg.eigh(covariance).eigenvectors.T.flip(0)
     filters = torch.cat([filters, -filters])[:count]
     convolution.weight[: len(filters)] = filters.view(-1, *convolution.weight.shape[1:])

@@ -43,6 +43,14 @@ class Clock(TrainerCallback, ExportableState):
         return {"args": {"seconds_before": self.seconds()}, "attributes": {}}
 
 
+class OwnDraws(TrainerCallback):
+    """Each process its own draws for drop path and dropout; the order of the images is fixed before."""
+
+    def on_train_begin(self, args: TrainingArguments, *unused, **kwargs) -> None:
+        if args.world_size > 1:
+            torch.manual_seed(args.seed + args.process_index)
+
+
 class ViTCifarTrainer(Trainer):
     """Trainer over ImageDatasets.
 
@@ -60,7 +68,7 @@ class ViTCifarTrainer(Trainer):
         image_mean: list[float],
         image_std: list[float],
     ):
-        callbacks = [Clock()]
+        callbacks = [Clock(), OwnDraws()]
         if recipe.early_stopping_patience is not None:
             callbacks.append(EarlyStoppingCallback(recipe.early_stopping_patience))
         if args.world_size > 1:
@@ -150,17 +158,17 @@ class ViTCifarTrainer(Trainer):
 
 
 def describe_parameters(model: nn.Module, recipe: RecipeArguments) -> str:
-    """Two lines for the log: what Muon trains, and what is decayed and what is not."""
-    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    """Two lines for the log: what Muon trains, and what is decayed and what is not, of what is trained at all."""
+    sizes = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     by_muon = muon_parameter_names(model) if recipe.optimizer == "muon" else []
-    decayed = list(sizes) if recipe.optimizer == "adam" else decayed_parameter_names(model)
+    decayed = [name for name in sizes if recipe.optimizer == "adam" or name in decayed_parameter_names(model)]
     kept = [name for name in sizes if name not in decayed]
     total = {
         key: sum(sizes[n] for n in names) for key, names in (("muon", by_muon), ("decay", decayed), ("kept", kept))
     }
     what = " (biases, norms, class token, positions)" if kept else ""
     return (
-        f"{sum(sizes.values()):,} parameters, {total['muon']:,} of them trained by Muon\n"
+        f"{model.num_parameters():,} parameters, {sum(sizes.values()):,} of them trained, {total['muon']:,} by Muon\n"
         f"decayed: {total['decay']:,} in {len(decayed)} tensors; "
         f"not decayed: {total['kept']:,} in {len(kept)} tensors{what}"
     )

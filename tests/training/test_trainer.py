@@ -1,0 +1,69 @@
+import pytest
+import torch
+from transformers.trainer_pt_utils import LabelSmoother
+
+from vit_cifar import ViTCifarConfig, ViTCifarForImageClassification
+from vit_cifar.training.arguments import parse_arguments
+from vit_cifar.training.data import CIFAR10_MEAN, CIFAR10_STD, load_split, normalize
+from vit_cifar.training.trainer import ViTCifarTrainer
+
+
+@pytest.fixture
+def make(tmp_path):
+    def trainer(*words: str) -> ViTCifarTrainer:
+        torch.manual_seed(0)
+        recipe, args, _ = parse_arguments(
+            ["--recipe", "smoke", "--output_dir", str(tmp_path), "--bf16", "false", "--disable_tqdm", "true", *words]
+        )
+        model = ViTCifarForImageClassification(ViTCifarConfig(**recipe.model))
+        train_set = load_split("sample", "train").subset(torch.arange(40))
+        return ViTCifarTrainer(model, args, recipe, train_set, train_set, CIFAR10_MEAN, CIFAR10_STD)
+
+    return trainer
+
+
+def batch(trainer, rows):
+    return trainer.train_dataset.__getitems__(rows)
+
+
+def test_cutmix_gives_each_label_the_share_of_the_pixels_that_are_its_images(make):
+    trainer = make("--cutmix_probability", "1", "--flip", "none", "--max_shift", "0", "--cutout_size", "0")
+    trainer.model.train()
+    trainer.state.epoch = 0
+    rows = torch.arange(40)
+    inputs = trainer._prepare_inputs(batch(trainer, rows))
+    partners = trainer.augmentation.partners(rows, 0)
+    images, labels = trainer.train_dataset.images, trainer.train_dataset.labels
+    own = (inputs["pixel_values"] == normalize(images, CIFAR10_MEAN, CIFAR10_STD)).all(1)
+    others = (inputs["pixel_values"] == normalize(images[partners], CIFAR10_MEAN, CIFAR10_STD)).all(1)
+    assert (own | others).all()
+    checked = 0
+    for i in range(40):
+        if labels[i] == labels[partners[i]] or (own[i] & others[i]).any():
+            continue  # a pixel that both have in common belongs to either
+        assert inputs["labels"][i, labels[i]] == pytest.approx(own[i].float().mean().item(), abs=1e-6)
+        assert inputs["labels"][i, labels[partners[i]]] == pytest.approx(others[i].float().mean().item(), abs=1e-6)
+        assert inputs["labels"][i].sum() == pytest.approx(1)
+        checked += 1
+    assert checked > 5
+
+
+def test_in_evaluation_nothing_is_mixed_or_moved(make):
+    trainer = make("--cutmix_probability", "1")
+    trainer.model.eval()
+    inputs = trainer._prepare_inputs(batch(trainer, torch.arange(4)))
+    assert torch.equal(inputs["labels"], trainer.train_dataset.labels[:4])
+    assert torch.equal(inputs["pixel_values"], normalize(trainer.train_dataset.images[:4], CIFAR10_MEAN, CIFAR10_STD))
+
+
+def test_the_training_loss_is_smoothed_as_trainer_does_and_the_validation_loss_is_not(make):
+    trainer = make("--label_smoothing_factor", "0.2")
+    inputs = {"pixel_values": torch.randn(6, 3, 32, 32), "labels": torch.arange(6)}
+    model = trainer.model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()  # so that two passes give the same
+    expected = LabelSmoother(0.2)(model(inputs["pixel_values"]), inputs["labels"])
+    torch.testing.assert_close(trainer.compute_loss(model, dict(inputs)), expected)
+    plain = torch.nn.functional.cross_entropy(model(inputs["pixel_values"]).logits, inputs["labels"])
+    torch.testing.assert_close(trainer.compute_loss(model.eval(), dict(inputs)), plain)
