@@ -58,23 +58,19 @@ def speed() -> str:
     rate = {f"{row['name']}, {row['number_format']}": row for part in ("training", "inference") for row in record[part]}
     rows = ["| ours | images/s | theirs | images/s | ours to theirs |", "|---|---|---|---|---|"]
     for item in record["ratios"]:
-        ours, theirs = (rate[item[side]]["images_per_second"] for side in ("of", "to"))
+        ours, theirs = (f"{item[side]} | {rate[item[side]]['images_per_second']:.0f}" for side in ("of", "to"))
         low, high = item["spread"]
-        rows.append(
-            f"| {item['of']} | {ours:.0f} | {item['to']} | {theirs:.0f} | {item['median']:.2f}× ({low:.2f}–{high:.2f}) |"
-        )
-    pipeline = record["input_pipeline"]
-    return "\n".join(
-        [
-            *rows,
-            "",
-            f"`{record['command']}` on {record['hardware']['cores']} CPU cores, batch {record['batch_size']['training']} in "
-            f"training and {record['batch_size']['inference']} in inference; the median of {record['rounds']} rounds and "
-            f"their spread. Our training step reaches {record['share_of_matmul_rate']:.0%} of the machine's measured rate "
-            f"of matrix products; the input pipeline is {pipeline['share_of_a_step']:.1%} of it and "
-            f"{pipeline['ratio']['median']:.0f} times as fast as per-image PIL transforms.",
-        ]
+        rows.append(f"| {ours} | {theirs} | {item['median']:.2f}× ({low:.2f}–{high:.2f}) |")
+    size, pipeline = record["batch_size"], record["input_pipeline"]
+    share, times = record["share_of_matmul_rate"], pipeline["ratio"]["median"]
+    words = (
+        f"`{record['command']}` on {record['hardware']['cores']} CPU cores, batch {size['training']} in training and "
+        f"{size['inference']} in inference; the median of {record['rounds']} rounds, their spread. Our training step "
+        f"reaches {share:.0%} of the machine's measured rate of matrix products; the input "
+        f"pipeline is {pipeline['share_of_a_step']:.1%} of a step and {times:.0f} times as fast as "
+        "per-image PIL transforms."
     )
+    return "\n".join([*rows, "", words])
 
 
 def finetuning() -> str:
