@@ -780,3 +780,15 @@ def test_a_copy_is_independent_and_gives_maps():
     assert len(twin(images(), output_attentions=True).attentions) == 2
     assert twin(images()).logits.abs().max() > 0
     assert isinstance(twin.vit.embeddings, ViTCifarEmbeddings)
+
+
+def test_a_token_of_the_convolutional_stem_sees_32_pixels():
+    """docs/recipes.md says so: 14 px on each side of its own 4."""
+    torch.manual_seed(0)
+    config = ViTCifarConfig(patch_embedding="conv_stem", hidden_size=16, num_attention_heads=2, image_size=96)
+    stem = ViTCifarModel(config).eval().embeddings.patch_embeddings.projection
+    images = torch.randn(8, 3, 96, 96, requires_grad=True)
+    stem(images)[:, :, 12, 12].sum().backward()
+    for axis in (0, 1):
+        seen = (images.grad != 0).any(dim=0).any(dim=0).any(dim=axis).nonzero().flatten()
+        assert seen.tolist() == list(range(48 - 14, 48 + 4 + 14))
