@@ -75,7 +75,7 @@ def test_shifts_are_uniform():
 
 def slow_cutmix(image: torch.Tensor, other: torch.Tensor, draw: list[float], probability: float):
     """Pixel by pixel: a square of the other image, and the share that is left of the first."""
-    mixed, _, share, row, column = draw[5:]
+    mixed, _, share, row, column = draw[5:10]
     size, image = image.shape[-1], image.clone()
     side = int(torch.tensor(share).sqrt() * size) if mixed < probability else 0
     top, left = int(row * size) - side // 2, int(column * size) - side // 2

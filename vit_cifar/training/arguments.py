@@ -71,6 +71,9 @@ class RecipeArguments:
     cutmix_probability: float = field(
         default=0.0, metadata={"help": "share of the images that get a window from another one; 0 for none"}
     )
+    trivial_augment_probability: float = field(
+        default=0.0, metadata={"help": "share of the images that get one operation of TrivialAugment; 0 for none"}
+    )
     optimizer: Literal["muon", "adam", "trainer"] = field(
         default="trainer",
         metadata={
@@ -94,8 +97,9 @@ class RecipeArguments:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name}: expected a whole number of at least 0, got {value!r}")
-        if not 0 <= self.cutmix_probability <= 1:
-            raise ValueError(f"cutmix_probability: expected a number from 0 to 1, got {self.cutmix_probability!r}")
+        for name in ("cutmix_probability", "trivial_augment_probability"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected a number from 0 to 1, got {getattr(self, name)!r}")
 
 
 @dataclass

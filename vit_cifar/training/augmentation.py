@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .trivial_augment import trivial_augment
+
 
 @dataclass
 class Augmentation:
-    """Flip, shift and cutout of each image, CutMix of two.
+    """Flip, shift, TrivialAugment and cutout of each image, in this order; CutMix of two.
 
     Attributes:
         num_samples: number of images in the training set.
@@ -27,6 +29,7 @@ class Augmentation:
         cutmix_probability: share of the images that get a window from another one (Yun et al. 2019,
             arXiv:1905.04899). The other is drawn from the whole dataset, not from the batch, whose members depend on
             the number of processes.
+        trivial_augment_probability: share of the images that get one operation of TrivialAugment; see there.
     """
 
     num_samples: int
@@ -37,14 +40,16 @@ class Augmentation:
     cutout_size: int = 0
     fill: tuple[int, ...] = (0, 0, 0)
     cutmix_probability: float = 0.0
+    trivial_augment_probability: float = 0.0
     _draws: tuple[int, torch.Tensor] | None = field(default=None, repr=False)
 
     def draws(self, epoch: int) -> torch.Tensor:
-        """(num_samples, 10) uniform numbers of this epoch: shift down, shift right, flip, cutout row, cutout column;
-        CutMix: whether, partner, share of the area, window row, window column."""
+        """(num_samples, 14) uniform numbers of this epoch: shift down, shift right, flip, cutout row, cutout column;
+        CutMix: whether, partner, share of the area, window row, window column; TrivialAugment: whether, operation,
+        level, sign."""
         if self._draws is None or self._draws[0] != epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            draws = torch.rand(self.num_samples, 10, generator=generator)
+            draws = torch.cat([torch.rand(self.num_samples, n, generator=generator) for n in (10, 4)], dim=1)
             if self.flip == "alternating":
                 draws[:, 2] = torch.rand(self.num_samples, generator=generator.manual_seed(self.seed))
                 if epoch % 2:
@@ -56,8 +61,8 @@ class Augmentation:
         """images (B, C, H, W) uint8 of the dataset's rows sample_index (B,) -> the same shape and type."""
         batch, channels, height, width = images.shape
         device = images.device
-        draws = self.draws(epoch)[sample_index.cpu(), :5].to(device)
-        down, right, flip, row, column = draws[..., None].unbind(1)  # (B, 1) each
+        draws = self.draws(epoch)[sample_index.cpu()].to(device)
+        down, right, flip, row, column = draws[:, :5, None].unbind(1)  # (B, 1) each
 
         span = 2 * self.max_shift + 1
         # Where the pixels come from: (B, H) and (B, W).
@@ -77,10 +82,14 @@ class Augmentation:
         if self.shift_fill == "zeros":
             images = images * inside
 
+        fill = torch.tensor(self.fill, dtype=images.dtype, device=device)[:, None, None]
+        chosen = draws[:, 10] < self.trivial_augment_probability
+        if chosen.any():
+            images[chosen] = trivial_augment(images[chosen], draws[chosen, 11:], fill)
+
         if self.cutout_size:
             # The centre is anywhere in the image; an even size reaches one pixel further up and left.
             window = _window(row, column, height, width, self.cutout_size, self.cutout_size)
-            fill = torch.tensor(self.fill, dtype=images.dtype, device=device)[:, None, None]
             images = torch.where(window, fill, images)
         return images
 
@@ -95,7 +104,7 @@ class Augmentation:
         that is still its own. The window's share of the area is uniform in 0..1 before the border cuts it."""
         height, width = images.shape[-2:]
         draws = self.draws(epoch)[sample_index.cpu()].to(images.device)
-        mixed, _, share, row, column = draws[:, 5:, None].unbind(1)  # (B, 1) each
+        mixed, _, share, row, column = draws[:, 5:10, None].unbind(1)  # (B, 1) each
         side = share.sqrt() * (mixed < self.cutmix_probability)
         window = _window(row, column, height, width, (side * height).long(), (side * width).long())
         return torch.where(window, others, images), 1 - window.flatten(1).float().mean(1)

@@ -93,6 +93,7 @@ class ViTCifarTrainer(Trainer):
             cutout_size=recipe.cutout_size,
             fill=tuple(round(255 * value) for value in image_mean),
             cutmix_probability=recipe.cutmix_probability,
+            trivial_augment_probability=recipe.trivial_augment_probability,
         )
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor], *args, **kwargs) -> torch.Tensor | tuple:
