@@ -1,5 +1,6 @@
 """`vit-cifar benchmark`: training and inference beside others, in one process, in turns, at the tutorial's size."""
 
+import copy
 import ctypes
 import importlib.metadata
 import importlib.util
@@ -23,6 +24,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 from transformers import (
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -150,6 +152,7 @@ def timed(step: Callable[[], object], steps: int) -> float:
 
 def timed_trainer(make: Callable[[int], Trainer], steps: int) -> float:
     trainer, times = make(WARM_UP_STEPS + steps), StepTimes()
+    trainer.remove_callback(PrinterCallback)
     trainer.add_callback(times)
     trainer.train()
     return times.times[-1] - times.times[WARM_UP_STEPS - 1]
@@ -267,13 +270,18 @@ def ours(
     words += ["--logging_strategy", "no", "--load_best_model_at_end", "false"]
     words += ["--use_cpu", str(not torch.cuda.is_available())]
     attention = "eager" if bf16 and not torch.cuda.is_available() else "sdpa"
-    model = ViTCifarForImageClassification._from_config(config, attn_implementation=attention)
+    model = own_model(config, attention)
 
     def make(steps: int) -> Trainer:
         recipe, args, _ = parse_arguments([*words, "--max_steps", str(steps)])
         return ViTCifarTrainer(model, args, recipe, train_set, train_set, CIFAR10_MEAN, CIFAR10_STD)
 
     return Contender(name, "bf16" if bf16 else "float32", partial(timed_trainer, make), count(model))
+
+
+def own_model(config: ViTCifarConfig, attention: str) -> ViTCifarForImageClassification:
+    # A config of its own: models that share one share its attention implementation.
+    return ViTCifarForImageClassification._from_config(copy.deepcopy(config), attn_implementation=attention)
 
 
 def plain_loop(model: nn.Module, pixels: torch.Tensor, labels: torch.Tensor, bf16: bool) -> Callable[[int], float]:
@@ -297,9 +305,8 @@ def inference_contenders(config: ViTCifarConfig, batch_size: int, formats: list[
     for number_format in formats:
         dtype = FORMATS[number_format]
         attention = "eager" if dtype == torch.bfloat16 and device.type == "cpu" else "sdpa"
-        own = ViTCifarForImageClassification._from_config(config, attn_implementation=attention)
-        projected = ViTCifarConfig.from_dict(config.to_dict() | {"attention_output_projection": True})
-        like = ViTCifarForImageClassification._from_config(projected, attn_implementation=attention)
+        own = own_model(config, attention)
+        like = own_model(ViTCifarConfig.from_dict(config.to_dict() | {"attention_output_projection": True}), attention)
         models = {
             "vit-cifar": (own, {}),
             f"vit-cifar{PROJECTED}": (like, {}),
@@ -380,16 +387,17 @@ def input_pipeline(batch_size: int, repeats: int = 20) -> dict:
     }
 
 
-def matmul_rate(number_format: str, size: int = 2048, products: int = 10, repeats: int = 4) -> float:
-    """The best rate of square matrix products that was seen, in FLOP a second."""
+def matmul_rate(number_format: str, rows: int, inner: int, columns: int, products: int = 10, repeats: int = 5) -> float:
+    """The best rate that was seen of products (rows, inner) × (inner, columns), in FLOP a second."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    a, b = (torch.randn(size, size, device=device, dtype=FORMATS[number_format]) for _ in range(2))
-    return products * 2 * size**3 / min(timed(lambda: a @ b, products) for _ in range(repeats))
+    a, b = torch.randn(rows, inner, device=device), torch.randn(inner, columns, device=device)
+    a, b = a.to(FORMATS[number_format]), b.to(FORMATS[number_format])
+    return products * 2 * rows * inner * columns / min(timed(lambda: a @ b, products) for _ in range(repeats))
 
 
 def training_flops(config: ViTCifarConfig) -> int:
     """Multiplications and additions of one image's forward and backward pass in matrix products and convolutions."""
-    model = ViTCifarForImageClassification._from_config(config, attn_implementation="eager")
+    model = own_model(config, "eager")
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 3, config.image_size, config.image_size), labels=torch.zeros(1).long()).loss.backward()
     return counter.get_total_flops()
@@ -401,13 +409,19 @@ def benchmark(batch_size: int = 128, rounds: int = 5, steps: int = 3) -> dict:
     config = ViTCifarConfig(**recipe.model)
     formats = ["bf16", "float32"] if machine_supports_bf16() else ["float32"]
     best = formats[0]
-    rates = {number_format: matmul_rate(number_format) for number_format in formats}
+    tokens = (config.image_size // config.patch_size) ** 2 + 1
+    shapes = {
+        "2048 x 2048 x 2048": (2048, 2048, 2048),
+        "the MLP's own": (batch_size * tokens, config.hidden_size, config.intermediate_size),
+    }
+    rates = {(n, name): matmul_rate(n, *shape) for n in formats for name, shape in shapes.items()}
     with tempfile.TemporaryDirectory() as folder:
         training = training_contenders(config, batch_size, formats, folder)
         take_turns(training, rounds, steps, batch_size)
     inference = inference_contenders(config, 64, formats)
     take_turns(inference, rounds, 10 * steps, 64)
-    rates = {n: max(rate, matmul_rate(n)) for n, rate in rates.items()}  # before and after: the machine may slow down
+    # Before and after: the machine may slow down meanwhile.
+    rates = {(n, name): max(rate, matmul_rate(n, *shapes[name])) for (n, name), rate in rates.items()}
     pipeline = input_pipeline(batch_size)
 
     own, flops = training[0], training_flops(config)
@@ -432,9 +446,9 @@ def benchmark(batch_size: int = 128, rounds: int = 5, steps: int = 3) -> dict:
         "training": [c.row() for c in training],
         "inference": [c.row() for c in inference],
         "ratios": [ratio(a, b) for a, b in pairs],
-        "matmul_gflops_per_second": {n: round(rate / 1e9) for n, rate in rates.items()},
+        "matmul_gflops_per_second": {f"{n}, {name}": round(rate / 1e9) for (n, name), rate in rates.items()},
         "training_gflop_per_image": round(flops / 1e9, 3),
-        "share_of_matmul_rate": own_rate * flops / rates[best],
+        "share_of_matmul_rate": {name: own_rate * flops / rates[best, name] for name in shapes},
         "input_pipeline": pipeline | {"share_of_a_step": own_rate / pipeline["images_per_second"]},
     }
 
@@ -458,9 +472,10 @@ def report(record: dict) -> str:
         low, high = item["spread"]
         lines.append(f"  {item['median']:5.2f}× ({low:.2f}–{high:.2f})  {item['of']}  to  {item['to']}")
     pipeline, rates = record["input_pipeline"], record["matmul_gflops_per_second"]
+    shares = record["share_of_matmul_rate"]
     lines += [
-        f"matrix products: {', '.join(f'{rate} GFLOP/s in {name}' for name, rate in rates.items())}; "
-        f"our training step reaches {record['share_of_matmul_rate']:.0%} of it",
+        f"matrix products in GFLOP/s: {'; '.join(f'{name}: {rate}' for name, rate in rates.items())}",
+        *(f"our training step reaches {share:.0%} of that ({name})" for name, share in shares.items()),
         f"input pipeline: {pipeline['images_per_second']:,.0f} images/s, {pipeline['share_of_a_step']:.1%} of a step, "
         f"{pipeline['ratio']['median']:.0f} times per-image PIL transforms",
     ]
