@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import statistics
 
 import nbclient
 import nbformat
@@ -32,6 +33,16 @@ def test_a_row_of_several_seeds_is_their_mean_and_deviation():
     found = [(f"{path}{seed}", record | {"seed": seed, "test_accuracy": 0.80 + seed / 100}) for seed in (0, 1, 2)]
     row = results_row("three", found)
     assert f"81.00% ± 1.00% (n = 3, seeds [0]({path}0), [1]({path}1), [2]({path}2))" in row
+
+
+def test_speedruns_header_has_the_mean_of_its_records():
+    runs = [record for _, record in RESULTS["runs"]()["speedrun"]]
+    assert [record["seed"] for record in runs] == [0, 1, 2]
+    accuracies, times = ([record[key] for record in runs] for key in ("test_accuracy", "wall_time_seconds"))
+    mean = runs[0] | {"wall_time_seconds": statistics.mean(times)}
+    numbers = f"{statistics.mean(accuracies):.2%} ± {statistics.stdev(accuracies):.2%} (seeds 0, 1, 2)"
+    header = (RECIPES / "speedrun.yaml").read_text()
+    assert f"{numbers} on {mean['dataset']['name']}, {time_and_machine(mean)}" in header
 
 
 def test_the_tutorials_page_is_that_of_the_records():

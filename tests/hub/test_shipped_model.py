@@ -57,5 +57,5 @@ def test_accuracy_on_the_test_set_equals_the_record(folder, cifar10):
     assert numbers["images"] == 10_000
     # Processors round differently: an image or two on the border may fall to the other side.
     assert numbers["accuracy"] == pytest.approx(record["test_accuracy"], abs=3e-4)
-    assert numbers["accuracy"] >= 0.88
+    assert numbers["accuracy"] >= 0.9
     assert numbers["per_class"] == pytest.approx(record["test_accuracy_per_class"], abs=3e-3)
