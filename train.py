@@ -70,7 +70,9 @@ def main(argv: list[str]) -> None:
     public = {"dataset_name": dataset_name}
     if recipe.model_name_or_path:
         public["model_name_or_path"] = records.public_name(recipe.model_name_or_path)
-        public["model_revision"] = pretrained.config._commit_hash or records.weights_sha256(recipe.model_name_or_path)
+        folder = Path(recipe.model_name_or_path)
+        commit_hash = getattr(pretrained.config, "_commit_hash", None)  # on the Hub
+        public["model_revision"] = records.weights_sha256(folder) if folder.is_dir() else commit_hash
     record = {
         "recipe": recipe.recipe,
         "command": records.public_command(["python", "train.py", *argv], public),

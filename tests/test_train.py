@@ -256,6 +256,7 @@ def test_a_trained_model_learns_other_classes_at_another_size(smoke_folder, two_
     record = read_record(tmp_path / "mine")
     assert evaluate(model, processor, load_split(str(two_classes), "test", 48)).accuracy == record["test_accuracy"]
     assert record["arguments"]["model_name_or_path"] == smoke_folder.name
+    assert record["arguments"]["model_revision"] == weights_sha256(smoke_folder)
     assert str(tmp_path) not in record["command"].replace(str(tmp_path / "mine"), "")
     before, after = load_file(smoke_folder / "model.safetensors"), load_file(tmp_path / "mine" / "model.safetensors")
     names = [name for name in before if not name.startswith("classifier") and "position" not in name]
