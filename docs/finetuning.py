@@ -24,8 +24,7 @@ SCRATCH = ["--recipe", "nano", *AT_48_PX, "--validation_size", "100", "--per_dev
 TRAININGS = {
     "fine-tuned": ["--model_name_or_path", MODEL, *AT_48_PX],
     "fine-tuned, frozen body": ["--model_name_or_path", MODEL, *AT_48_PX, "--freeze_body"],
-    "from scratch, as many passes": [*SCRATCH, "--num_train_epochs", "10"],
-    "from scratch, as many passes as nano": SCRATCH,
+    "from scratch": [*SCRATCH, "--num_train_epochs", "10"],
 }
 
 

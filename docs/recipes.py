@@ -57,6 +57,8 @@ def train(name: str, dataset_name: str, folder: Path) -> dict:
 
 
 def table(log: dict[str, dict]) -> str:
+    if not log:
+        return "The steps have not been run yet."
     rows = ["| step | parameters | validation accuracy | minutes on one core |", "|---|---|---|---|"]
     for name in STEPS:
         if name in log:

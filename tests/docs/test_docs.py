@@ -13,6 +13,7 @@ from vit_cifar.evaluation.records import results_row, time_and_machine
 from vit_cifar.training.arguments import RECIPES
 
 CURVES = runpy.run_path(str(ROOT / "docs" / "tutorial" / "curves.py"))
+RECIPE_STEPS = runpy.run_path(str(ROOT / "docs" / "recipes.py"))
 RESULTS = runpy.run_path(str(ROOT / "docs" / "results.py"))
 
 
@@ -43,6 +44,12 @@ def test_speedruns_header_has_the_mean_of_its_records():
     numbers = f"{statistics.mean(accuracies):.2%} ± {statistics.stdev(accuracies):.2%} (seeds 0, 1, 2)"
     header = (RECIPES / "speedrun.yaml").read_text()
     assert f"{numbers} on {mean['dataset']['name']}, {time_and_machine(mean)}" in header
+
+
+def test_the_recipes_page_is_that_of_its_log():
+    log = json.loads(RECIPE_STEPS["LOG"].read_text()) if RECIPE_STEPS["LOG"].exists() else {}
+    page = RECIPE_STEPS["PAGE"].read_text()
+    assert RECIPE_STEPS["fill"](page, log) == page, "python docs/recipes.py fills it again"
 
 
 def test_the_tutorials_page_is_that_of_the_records():
