@@ -103,7 +103,7 @@ def public_command(words: list[str], names: dict[str, str]) -> str:
                 if words[i - 1] == option:
                     words[i] = name
                 elif word.startswith(f"{option}="):
-                    words[i] = f"{option}={name}"
+                    words[i] = f"--{argument}={name}"
     return shlex.join(words)
 
 
