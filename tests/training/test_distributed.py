@@ -62,7 +62,14 @@ def losses(folder: Path) -> list[float]:
 def test_nano_trains_in_two_processes_as_in_one_and_resumes_exactly(tmp_path):
     one_process = [sys.executable]
     two_processes = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    accelerate = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+    ]  # its word for several, on a CPU too
     accelerate += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     accelerate += ["--main_process_port", "0"]  # any that is free
 

@@ -43,14 +43,6 @@ class Clock(TrainerCallback, ExportableState):
         return {"args": {"seconds_before": self.seconds()}, "attributes": {}}
 
 
-class OwnDraws(TrainerCallback):
-    """Each process its own draws for drop path and dropout; the order of the images is fixed before."""
-
-    def on_train_begin(self, args: TrainingArguments, *unused, **kwargs) -> None:
-        if args.world_size > 1:
-            torch.manual_seed(args.seed + args.process_index)
-
-
 class ViTCifarTrainer(Trainer):
     """Trainer over ImageDatasets.
 
@@ -68,7 +60,7 @@ class ViTCifarTrainer(Trainer):
         image_mean: list[float],
         image_std: list[float],
     ):
-        callbacks = [Clock(), OwnDraws()]
+        callbacks = [Clock()]
         if recipe.early_stopping_patience is not None:
             callbacks.append(EarlyStoppingCallback(recipe.early_stopping_patience))
         if args.world_size > 1:
