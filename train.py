@@ -14,7 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from vit_cifar import ViTCifarForImageClassification
 from vit_cifar.evaluation import records
 from vit_cifar.evaluation.metrics import evaluate
-from vit_cifar.training.arguments import RecipeArguments, parse_arguments
+from vit_cifar.training.arguments import RecipeArguments, fastest_attention, parse_arguments
 from vit_cifar.training.data import DataError, ImageDataset, load_rows, load_split, split_off_validation
 from vit_cifar.training.initialization import initial_model, load_start
 from vit_cifar.training.trainer import ViTCifarTrainer, checkpoint_step, describe_parameters, newest_checkpoint
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
         load_rows(recipe.dataset_name, "test")  # there is one; its images wait for the end
         train_set, validation_set = load_training_data(recipe, image_size)
         set_seed(args.seed)
-        attention = recipe.attn_implementation or ("eager" if args.bf16 and args.device.type == "cpu" else "sdpa")
+        attention = recipe.attn_implementation or fastest_attention(args.bf16, args.device)
         model, start = initial_model(recipe, pretrained, processor, train_set, attention)
         mean, std = processor.image_mean, processor.image_std
         trainer = ViTCifarTrainer(model, args, recipe, train_set, validation_set, mean, std)

@@ -44,9 +44,10 @@ def not_run_yet(name: str) -> str:
 def results() -> str:
     """The trainings as Markdown: a row each, and the commands folded away below them."""
     rows = ["| model | parameters | passes | test accuracy | time | dataset |", "|---|---|---|---|---|---|"]
-    rows += [results_row(name, found) for name, found in runs().items()]
+    trainings = runs()
+    rows += [results_row(name, found) for name, found in trainings.items()]
     rows += [not_run_yet(name) for name in NOT_RUN_YET]
-    commands = [f"- {name}: `{found[0][1]['command']}`" for name, found in runs().items()]
+    commands = [f"- {name}: `{found[0][1]['command']}`" for name, found in trainings.items()]
     return "\n".join(
         [*rows, "", "<details><summary>The command of each row</summary>", "", *commands, "", "</details>"]
     )

@@ -12,7 +12,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -34,7 +33,7 @@ from transformers import (
 
 from ..configuration_vit_cifar import ViTCifarConfig
 from ..modeling_vit_cifar import ViTCifarForImageClassification, sinusoidal_positions
-from ..training.arguments import machine_supports_bf16, parse_arguments
+from ..training.arguments import fastest_attention, machine_supports_bf16, parse_arguments
 from ..training.augmentation import Augmentation
 from ..training.data import CIFAR10_MEAN, CIFAR10_STD, SAMPLE_NAME, ImageDataset, load_rows, load_split, normalize
 from ..training.trainer import ViTCifarTrainer
@@ -129,13 +128,13 @@ class StepTimes(TrainerCallback):
         self.times.append(time.perf_counter())
 
 
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def autocast(device: torch.device, number_format: str) -> AbstractContextManager:
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=number_format == "bf16")
 
 
 def timed(step: Callable[[], object], steps: int) -> float:
@@ -206,7 +205,7 @@ def ratio(of: Contender, to: Contender) -> dict:
 
 def training_contenders(config: ViTCifarConfig, batch_size: int, formats: list[str], folder: str) -> list[Contender]:
     """Our training step, the plain loop, transformers' ViT under stock Trainer, timm's ViT where it is installed."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     sample = load_split(SAMPLE_NAME, "train")
     many = torch.arange(batch_size * 50) % len(sample)
     train_set = sample.subset(many)
@@ -221,12 +220,13 @@ def training_contenders(config: ViTCifarConfig, batch_size: int, formats: list[s
     )
     pixels = normalize(train_set.images[:batch_size], CIFAR10_MEAN, CIFAR10_STD).to(device)
     labels = train_set.labels[:batch_size].to(device)
-    projected = ViTCifarConfig.from_dict(config.to_dict() | {"attention_output_projection": True})
     contenders = []
     for number_format in formats:
         bf16 = number_format == "bf16"
         contenders.append(ours("vit-cifar, train.py", config, train_set, batch_size, bf16, folder))
-        contenders.append(ours(f"vit-cifar, train.py{PROJECTED}", projected, train_set, batch_size, bf16, folder))
+        contenders.append(
+            ours(f"vit-cifar, train.py{PROJECTED}", projected(config), train_set, batch_size, bf16, folder)
+        )
         loops = {"plain PyTorch loop, the tutorial's model": PlainViT(config)}
         if timm_model := timm_vit(config):
             loops["plain PyTorch loop, timm's ViT"] = timm_model
@@ -269,14 +269,17 @@ def ours(
     words += ["--per_device_train_batch_size", str(batch_size), "--eval_strategy", "no", "--save_strategy", "no"]
     words += ["--logging_strategy", "no", "--load_best_model_at_end", "false"]
     words += ["--use_cpu", str(not torch.cuda.is_available())]
-    attention = "eager" if bf16 and not torch.cuda.is_available() else "sdpa"
-    model = own_model(config, attention)
+    model = own_model(config, fastest_attention(bf16, default_device()))
 
     def make(steps: int) -> Trainer:
         recipe, args, _ = parse_arguments([*words, "--max_steps", str(steps)])
         return ViTCifarTrainer(model, args, recipe, train_set, train_set, CIFAR10_MEAN, CIFAR10_STD)
 
     return Contender(name, "bf16" if bf16 else "float32", partial(timed_trainer, make), count(model))
+
+
+def projected(config: ViTCifarConfig) -> ViTCifarConfig:
+    return ViTCifarConfig.from_dict(config.to_dict() | {"attention_output_projection": True})
 
 
 def own_model(config: ViTCifarConfig, attention: str) -> ViTCifarForImageClassification:
@@ -289,7 +292,7 @@ def plain_loop(model: nn.Module, pixels: torch.Tensor, labels: torch.Tensor, bf1
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
 
     def step() -> None:
-        with autocast(pixels.device, "bf16" if bf16 else "float32"):
+        with torch.autocast(pixels.device.type, dtype=torch.bfloat16, enabled=bf16):
             loss = nn.functional.cross_entropy(model(pixels), labels)
         optimizer.zero_grad()
         loss.backward()
@@ -299,14 +302,14 @@ def plain_loop(model: nn.Module, pixels: torch.Tensor, labels: torch.Tensor, bf1
 
 
 def inference_contenders(config: ViTCifarConfig, batch_size: int, formats: list[str]) -> list[Contender]:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     pixels = torch.randn(batch_size, 3, config.image_size, config.image_size, device=device)
     contenders = []
     for number_format in formats:
         dtype = FORMATS[number_format]
-        attention = "eager" if dtype == torch.bfloat16 and device.type == "cpu" else "sdpa"
+        attention = fastest_attention(number_format == "bf16", device)
         own = own_model(config, attention)
-        like = own_model(ViTCifarConfig.from_dict(config.to_dict() | {"attention_output_projection": True}), attention)
+        like = own_model(projected(config), attention)
         models = {
             "vit-cifar": (own, {}),
             f"vit-cifar{PROJECTED}": (like, {}),
@@ -389,7 +392,7 @@ def input_pipeline(batch_size: int, repeats: int = 20) -> dict:
 
 def matmul_rate(number_format: str, rows: int, inner: int, columns: int, products: int = 10, repeats: int = 5) -> float:
     """The best rate that was seen of products (rows, inner) × (inner, columns), in FLOP a second."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     a, b = torch.randn(rows, inner, device=device), torch.randn(inner, columns, device=device)
     a, b = a.to(FORMATS[number_format]), b.to(FORMATS[number_format])
     return products * 2 * rows * inner * columns / min(timed(lambda: a @ b, products) for _ in range(repeats))
@@ -431,16 +434,14 @@ def benchmark(batch_size: int = 128, rounds: int = 5, steps: int = 3) -> dict:
         for a in (c for c in contenders if c.name.startswith("vit-cifar")):
             theirs = [c for c in contenders if not c.name.startswith("vit-cifar")]
             like = [c for c in theirs if (PROJECTED in a.name) != ("tutorial" in c.name)]
-            pairs += [
-                (a, c) for c in like if c.number_format == a.number_format or (contenders is training and a is own)
-            ]
+            pairs += [(a, c) for c in like if a is own or c.number_format == a.number_format]
     return {
         "command": f"vit-cifar benchmark --batch-size {batch_size} --rounds {rounds} --steps {steps}",
         "git_commit": records.git_commit(Path(__file__).parent),
         "versions": records.versions() | {"timm": importlib.metadata.version("timm") if timm_vit(config) else None},
         "hardware": records.hardware(),
         "environment": {name: os.environ[name] for name in ("LD_PRELOAD", "OMP_NUM_THREADS") if name in os.environ},
-        "model": {name: value for name, value in recipe.model.items()},
+        "model": recipe.model,
         "batch_size": {"training": batch_size, "inference": 64},
         "rounds": rounds,
         "training": [c.row() for c in training],
