@@ -7,6 +7,7 @@ image in the dataset). So neither the order of the images, nor the number of pro
 from dataclasses import dataclass, field
 
 import torch
+from torchvision.transforms.v2 import functional as F
 
 from .trivial_augment import trivial_augment
 
@@ -59,28 +60,18 @@ class Augmentation:
 
     def __call__(self, images: torch.Tensor, sample_index: torch.Tensor, epoch: int) -> torch.Tensor:
         """images (B, C, H, W) uint8 of the dataset's rows sample_index (B,) -> the same shape and type."""
-        batch, channels, height, width = images.shape
+        batch, _, height, width = images.shape
         device = images.device
         draws = self.draws(epoch)[sample_index.cpu()].to(device)
-        down, right, flip, row, column = draws[:, :5, None].unbind(1)  # (B, 1) each
+        down, right, flip = draws[:, :3].unbind(1)
 
-        span = 2 * self.max_shift + 1
-        # Where the pixels come from: (B, H) and (B, W).
-        rows = torch.arange(height, device=device) + (down * span).long() - self.max_shift
-        columns = torch.arange(width, device=device) + (right * span).long() - self.max_shift
-        if self.flip != "none":
-            columns = torch.where(flip < 0.5, width - 1 - columns, columns)
-        in_rows, in_columns = (rows >= 0) & (rows < height), (columns >= 0) & (columns < width)
-        inside = in_rows[:, None, :, None] & in_columns[:, None, None, :]
-        rows, columns = _reflect(rows, height), _reflect(columns, width)
-        images = images[
-            torch.arange(batch, device=device)[:, None, None, None],
-            torch.arange(channels, device=device)[None, :, None, None],
-            rows[:, None, :, None],
-            columns[:, None, None, :],
-        ]
-        if self.shift_fill == "zeros":
-            images = images * inside
+        # Each image's two sides, padded, of which a window is copied: its rows stay whole, where a gather takes pixels.
+        sides = [images] if self.flip == "none" else [images.flip(3), images]
+        mode = "reflect" if self.shift_fill == "reflect" else "constant"
+        padded = F.pad(torch.cat(sides), [self.max_shift] * 4, padding_mode=mode).unflatten(0, (len(sides), batch))
+        windows = padded.unfold(3, height, 1).unfold(4, width, 1)  # (sides, B, C, shifts down, shifts right, H, W)
+        side, span = (flip * len(sides)).long(), 2 * self.max_shift + 1
+        images = windows[side, torch.arange(batch, device=device), :, (down * span).long(), (right * span).long()]
 
         fill = torch.tensor(self.fill, dtype=images.dtype, device=device)[:, None, None]
         chosen = draws[:, 10] < self.trivial_augment_probability
@@ -89,6 +80,7 @@ class Augmentation:
 
         if self.cutout_size:
             # The centre is anywhere in the image; an even size reaches one pixel further up and left.
+            row, column = draws[:, 3:5, None].unbind(1)  # (B, 1) each
             window = _window(row, column, height, width, self.cutout_size, self.cutout_size)
             images = torch.where(window, fill, images)
         return images
@@ -108,11 +100,6 @@ class Augmentation:
         side = share.sqrt() * (mixed < self.cutmix_probability)
         window = _window(row, column, height, width, (side * height).long(), (side * width).long())
         return torch.where(window, others, images), 1 - window.flatten(1).float().mean(1)
-
-
-def _reflect(index: torch.Tensor, size: int) -> torch.Tensor:
-    """Indices outside 0..size-1 come back in, the border pixel not repeated."""
-    return (size - 1) - ((size - 1) - index.abs()).abs()
 
 
 def _window(
