@@ -25,6 +25,7 @@ TRAININGS = {
     "fine-tuned": ["--model_name_or_path", MODEL, *AT_48_PX],
     "fine-tuned, frozen body": ["--model_name_or_path", MODEL, *AT_48_PX, "--freeze_body"],
     "from scratch": [*SCRATCH, "--num_train_epochs", "10"],
+    "from scratch, as many passes as nano": SCRATCH,
 }
 
 

@@ -7,12 +7,23 @@ python docs/recipes.py                           # only fills recipes.md
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from transformers import TrainerCallback
+
+from vit_cifar import ViTCifarForImageClassification, ViTCifarModel
 from vit_cifar.evaluation.records import read_record
+from vit_cifar.modeling_vit_cifar import ViTCifarAttention, ViTCifarConvStem
+from vit_cifar.training.augmentation import Augmentation
+from vit_cifar.training.trainer import ViTCifarTrainer
 
 ROOT = Path(__file__).parents[1]
 LOG, PAGE = ROOT / "docs" / "recipes.json", ROOT / "docs" / "recipes.md"
@@ -35,19 +46,115 @@ STEPS = {
     "flips drawn": ["--flip", "random"],
     "no cutout": ["--cutout_size", "0"],
     "CutMix for half of the images": ["--cutmix_probability", "0.5"],
+    "mixup for half of the images": ["--cutmix_probability", "0.5"],
+    "TrivialAugment for half of the images": ["--trivial_augment_probability", "0.5"],
     "no label smoothing": ["--label_smoothing_factor", "0"],
     "warm-up over 30% of the steps": ["--warmup_steps", "0.3"],
     "drop path 0.1": ["--config_overrides", "drop_path_rate=0.1"],
     "half of the patches dropped": ["--config_overrides", "patch_drop_rate=0.5"],
     "Muon's learning rate 0.03": ["--muon_learning_rate", "0.03"],
+    "weights averaged, EMA of 0.99": [],
+    "query and key start mimetic": [],
+    "one 3×3 convolution per scale, 18 px a token": [],
+    "the mean of the patches in place of the class token": [],
 }
+
+
+def mix_up() -> None:
+    """Zhang et al. 2018, arXiv:1710.09412, the share uniform, in CutMix's place."""
+
+    def mix(self: Augmentation, images: torch.Tensor, others: torch.Tensor, sample_index: torch.Tensor, epoch: int):
+        mixed, _, share = self.draws(epoch)[sample_index, 5:8].unbind(1)
+        share = torch.where(mixed < self.cutmix_probability, share, 0)
+        return images.float().lerp(others.float(), share[:, None, None, None]).to(images.dtype), 1 - share
+
+    Augmentation.cutmix = mix
+
+
+def average_weights() -> None:
+    class Average(TrainerCallback):
+        def on_train_begin(self, *args: object, model: nn.Module, **kwargs: object) -> None:
+            self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99))
+
+        def on_step_end(self, *args: object, model: nn.Module, **kwargs: object) -> None:
+            self.average.update_parameters(model)
+
+        def on_train_end(self, *args: object, model: nn.Module, **kwargs: object) -> None:
+            model.load_state_dict(self.average.module.state_dict())
+
+    after(ViTCifarTrainer, lambda trainer: trainer.add_callback(Average()))
+
+
+def start_mimetic() -> None:
+    """Query·key of each head near 0.7 times the identity plus 0.7 times noise (Trockman and Kolter 2023,
+    arXiv:2305.09828, section 4)."""
+
+    @torch.no_grad()
+    def change(model: ViTCifarForImageClassification) -> None:
+        for attention in (module for module in model.modules() if isinstance(module, ViTCifarAttention)):
+            width, head = attention.q_proj.weight.shape[1], attention.head_dim
+            for rows in (slice(start, start + head) for start in range(0, width, head)):
+                product = 0.7 * torch.randn(width, width) / width**0.5 + 0.7 * torch.eye(width)
+                left, values, right = torch.linalg.svd(product)
+                attention.q_proj.weight[rows] = (left * values.sqrt()).T[:head]
+                attention.k_proj.weight[rows] = (right * values.sqrt()[:, None])[:head]
+
+    after(ViTCifarForImageClassification, change)
+
+
+def halve_stem() -> None:
+    def change(stem: ViTCifarConvStem) -> None:
+        for index in reversed(range(len(stem))):
+            if index % 7 in (3, 4, 5):  # a scale is twice convolution, norm, activation, and then the pooling
+                del stem[index]
+
+    after(ViTCifarConvStem, change)
+
+
+def pool_patches() -> None:
+    forward = ViTCifarModel.forward
+
+    def pooled(self: ViTCifarModel, *args: object, **kwargs: object):
+        outputs = forward(self, *args, **kwargs)
+        outputs.pooler_output = outputs.last_hidden_state[:, 1:].mean(dim=1)
+        return outputs
+
+    ViTCifarModel.forward = pooled
+
+
+# What no argument of train.py changes, because no shipped recipe needs it.
+CHANGES = {
+    "mixup for half of the images": mix_up,
+    "weights averaged, EMA of 0.99": average_weights,
+    "query and key start mimetic": start_mimetic,
+    "one 3×3 convolution per scale, 18 px a token": halve_stem,
+    "the mean of the patches in place of the class token": pool_patches,
+}
+
+
+def after(kind: type, change: Callable) -> None:
+    """Whatever is made of this kind is changed when it has been made."""
+    make = kind.__init__
+
+    def make_and_change(self: object, *args: object, **kwargs: object) -> None:
+        make(self, *args, **kwargs)
+        change(self)
+
+    kind.__init__ = make_and_change
+
+
+def run_step(name: str, *words: str) -> None:
+    """One training, in a process of its own."""
+    if name in CHANGES:
+        CHANGES[name]()
+    runpy.run_path(str(ROOT / "train.py"))["main"](list(words))
 
 
 def train(name: str, dataset_name: str, folder: Path) -> dict:
     output = folder / re.sub(r"\W+", "_", name)
     words = [*BASE, *STEPS[name], "--dataset_name", dataset_name, "--dataset_title", "cifar10-jpeg-q75"]
     subprocess.run(
-        [sys.executable, "train.py", *words, "--output_dir", str(output), "--disable_tqdm", "true"],
+        [sys.executable, __file__, "step", name, *words, "--output_dir", str(output), "--disable_tqdm", "true"],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         check=True,
@@ -89,4 +196,7 @@ def main(dataset_name: str | None = None, output_folder: str = "runs/steps") -> 
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if sys.argv[1:2] == ["step"]:
+        run_step(*sys.argv[2:])
+    else:
+        main(*sys.argv[1:])
