@@ -23,7 +23,7 @@ def main() -> None:
     pixels = processor(files, return_tensors="pt").pixel_values
     with torch.inference_mode():
         outputs = model(pixels, output_attentions=True)
-    maps = cls_map(outputs.attentions)
+    maps = cls_map(outputs.attentions).values
     images = denormalize(pixels, processor.image_mean, processor.image_std)
     scores, labels = outputs.logits.softmax(-1).max(-1)
 

@@ -67,7 +67,7 @@ def truth(loaded, image: Image.Image, layer: int = LAYERS, head: int | str = "me
         output = model(pixel_values, output_attentions=True)
     small = torch.from_numpy(np.asarray(image.resize((32, 32), Image.Resampling.BICUBIC)) / 255).float()
     small = small.permute(2, 0, 1)[None]
-    attention_map = cls_map(output.attentions, layer - 1, None if head == "mean" else head - 1)
+    attention_map = cls_map(output.attentions, layer - 1, head if head == "mean" else head - 1).values
     pictures = [small, classic_overlay(attention_map, small), colour_overlay(attention_map, small)]
     pictures = [(picture[0] * 255).round().byte().permute(1, 2, 0).numpy() for picture in pictures]
     return dict(zip(CIFAR10_CLASSES, output.logits[0].softmax(-1).tolist(), strict=True)), *pictures

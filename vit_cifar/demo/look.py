@@ -58,7 +58,7 @@ def look(
 
 def attention_pictures(seen: Look, layer: int, head: int | str) -> tuple[Image.Image, Image.Image]:
     """(classic, colour) overlay of one layer, counted from 1, and one head, counted from 1 or "mean"."""
-    attention_map = cls_map(seen.attentions, layer - 1, None if head == MEAN else head - 1)  # (1, h, w)
+    attention_map = cls_map(seen.attentions, layer - 1, head if head == MEAN else head - 1).values  # (1, h, w)
     return to_picture(classic_overlay(attention_map, seen.image)), to_picture(colour_overlay(attention_map, seen.image))
 
 

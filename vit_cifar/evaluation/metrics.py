@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from torchmetrics.functional.classification import multiclass_calibration_error
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
@@ -18,12 +19,14 @@ class Evaluation:
         loss: mean cross-entropy in nats.
         per_class: class name -> accuracy on the images of that class (recall); a class without images is left out.
         confusion: (classes, classes) counts; row: label, column: prediction.
+        logits: (images, classes), float32, in the split's order.
     """
 
     accuracy: float
     loss: float
     per_class: dict[str, float]
     confusion: torch.Tensor
+    logits: torch.Tensor
 
 
 @torch.inference_mode()
@@ -60,4 +63,55 @@ def evaluate(
         loss=torch.nn.functional.cross_entropy(logits, dataset.labels).item(),
         per_class=per_class,
         confusion=confusion,
+        logits=logits,
     )
+
+
+def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """What to divide the logits by for the smallest cross-entropy (Guo et al. 2017, arXiv:1706.04599, section 4.2).
+
+    Above 1, the model was too sure of itself. Fit it on images held out of training, never on the test split.
+
+    Args:
+        logits: (N, classes). labels: (N,).
+    """
+    log_temperature = torch.zeros(1, requires_grad=True)  # its exponential stays positive
+    optimizer = torch.optim.LBFGS([log_temperature], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = torch.nn.functional.cross_entropy(logits.float() / log_temperature.exp(), labels)
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return log_temperature.exp().item()
+
+
+def calibration_error(probabilities: torch.Tensor, labels: torch.Tensor, bins: int = 15) -> float:
+    """Expected calibration error (Guo et al. 2017, equation 3): how far the confidence in the answer and the share of
+    right answers are apart, on average over images, in 0..1.
+
+    Args:
+        probabilities: (N, classes). labels: (N,).
+        bins: of equal width, over the confidence.
+    """
+    return multiclass_calibration_error(probabilities, labels, probabilities.shape[1], bins, norm="l1").item()
+
+
+def reliability(probabilities: torch.Tensor, labels: torch.Tensor, bins: int = 15) -> list[dict[str, float]]:
+    """The points of a reliability diagram: for each bin of confidence that has images, their mean confidence, their
+    accuracy and their number."""
+    confidence, prediction = probabilities.max(dim=1)
+    bin_of = (confidence * bins).ceil().long().clamp(1, bins) - 1  # (low, high], as in the calibration error
+    points = []
+    for number in bin_of.unique().tolist():
+        inside = bin_of == number
+        points.append(
+            {
+                "confidence": confidence[inside].mean().item(),
+                "accuracy": (prediction == labels)[inside].float().mean().item(),
+                "images": int(inside.sum()),
+            }
+        )
+    return points

@@ -1,0 +1,181 @@
+"""`vit-cifar examine`: mistakes, calibration and how far each map can be trusted, kept beside the weights."""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import torch
+from torchvision.transforms.v2 import functional as F
+from transformers import ViTImageProcessor
+
+from ..explain.perturbation import (
+    METHODS,
+    bootstrap_interval,
+    deletion_insertion,
+    randomized,
+    rank_correlation,
+)
+from ..modeling_vit_cifar import ViTCifarForImageClassification
+from ..training.data import ImageDataset, normalize
+from . import records
+from .metrics import calibration_error, evaluate, fit_temperature, reliability
+
+EXAMINATION_NAME = "examination.json"
+MISTAKES_NAME = "mistakes.parquet"
+RIGHT_PER_CLASS = 20  # rightly classified images that are kept of each class, those the model was least sure of
+HIGHEST_CORRELATION = 0.5  # of a method's maps with those of random weights; above it, it shows little that was learned
+
+
+@dataclass(frozen=True, eq=False)
+class Examination:
+    """What `examine` found.
+
+    Attributes:
+        record: examination.json; see `examine`.
+        answers: columns image, label, prediction, confidence (0..1), index (in the test split): every image that was
+            classified wrongly, and RIGHT_PER_CLASS of each class that were not.
+    """
+
+    record: dict
+    answers: datasets.Dataset
+
+
+def examine(
+    model: ViTCifarForImageClassification,
+    processor: ViTImageProcessor,
+    validation_set: ImageDataset,
+    test_set: ImageDataset,
+    images: int = 500,
+) -> Examination:
+    """Numbers of a trained model beyond its accuracy.
+
+    Args:
+        validation_set: held out of training; the temperature is fitted on it.
+        images: how many of the test split the maps are tried on, drawn with seed 0.
+
+    Raises:
+        DataError: a dataset's classes are not those of the model.
+    """
+    validation, test = (evaluate(model, processor, dataset) for dataset in (validation_set, test_set))
+    temperature = fit_temperature(validation.logits, validation_set.labels)
+    calibration = {}
+    for name, logits in (("as trained", test.logits), ("with temperature", test.logits / temperature)):
+        probabilities = logits.softmax(-1)
+        calibration[name] = {
+            "calibration_error": calibration_error(probabilities, test_set.labels),
+            "loss": torch.nn.functional.cross_entropy(logits, test_set.labels).item(),
+            "reliability": reliability(probabilities, test_set.labels),
+        }
+    some = torch.randperm(len(test_set), generator=torch.Generator().manual_seed(0))[:images]
+    record = {
+        "classes": test_set.classes,
+        "images": {"validation": len(validation_set), "test": len(test_set)},
+        "test_accuracy": test.accuracy,
+        "test_accuracy_per_class": test.per_class,
+        "confusion": test.confusion.tolist(),  # row: label, column: prediction
+        "temperature": temperature,
+        "calibration": calibration,
+        "maps": examine_maps(model, processor, test_set.subset(some)),
+    }
+    return Examination(record, answers(test.logits.softmax(-1), test_set))
+
+
+def examine_maps(model: ViTCifarForImageClassification, processor: ViTImageProcessor, dataset: ImageDataset) -> dict:
+    """How faithful each method's maps are, for the class that the model answers: {method: its numbers}."""
+    scores, curves, correlations = {}, {}, {}
+    fresh = randomized(model)
+    for name, make in METHODS.items():
+        found, similar = [], []
+        for pixel_values in _batches(model, processor, dataset):
+            with torch.no_grad():
+                classes = model(pixel_values).logits.argmax(-1)
+            values = make(model, pixel_values, classes).values
+            found.append(deletion_insertion(model, pixel_values, classes, values))
+            similar.append(rank_correlation(values, make(fresh, pixel_values, classes).values))
+        scores[name] = torch.cat([part.score for part in found]).cpu()
+        curves[name] = {
+            kind: torch.cat([getattr(part, kind) for part in found]).mean(dim=0).tolist()
+            for kind in ("deletion", "insertion")
+        }
+        correlations[name] = torch.cat(similar).cpu()
+    result = {}
+    for name, score in scores.items():
+        result[name] = {"score": score.mean().item(), "score_interval": bootstrap_interval(score), **curves[name]}
+        if name == "random":
+            continue
+        correlation = correlations[name].nanmean().item()
+        result[name] |= {
+            "above_random": (score - scores["random"]).mean().item(),
+            "above_random_interval": bootstrap_interval(score - scores["random"]),
+            "correlation_with_random_weights": correlation,
+            "passes_random_weights": abs(correlation) < HIGHEST_CORRELATION,
+        }
+    return {"images": len(dataset), "interval": "95%, bootstrap", "methods": result}
+
+
+def _batches(
+    model: ViTCifarForImageClassification, processor: ViTImageProcessor, dataset: ImageDataset, batch_size: int = 100
+) -> Iterator[torch.Tensor]:
+    for images in dataset.images.split(batch_size):
+        yield normalize(images, processor.image_mean, processor.image_std).to(model.device, model.dtype)
+
+
+def answers(probabilities: torch.Tensor, test_set: ImageDataset) -> datasets.Dataset:
+    """The rows that a page shows for each pair of label and answer; see `Examination`."""
+    confidence, prediction = probabilities.max(dim=1)
+    wrong = prediction != test_set.labels
+    kept = [wrong.nonzero().flatten()]
+    for label in range(len(test_set.classes)):
+        right = ((test_set.labels == label) & ~wrong).nonzero().flatten()
+        kept.append(right[confidence[right].argsort()[:RIGHT_PER_CLASS]])
+    index = torch.cat(kept)
+    columns = {
+        "image": [F.to_pil_image(image) for image in test_set.images[index]],
+        "label": test_set.labels[index].tolist(),
+        "prediction": prediction[index].tolist(),
+        "confidence": confidence[index].tolist(),
+        "index": index.tolist(),
+    }
+    names = datasets.ClassLabel(names=test_set.classes)
+    features = {"image": datasets.Image(), "label": names, "prediction": names}
+    features |= {"confidence": datasets.Value("float32"), "index": datasets.Value("int64")}
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+def write_examination(folder: str | Path, examination: Examination) -> None:
+    """Both files, with the weights' checksum in both; each whole or not at all."""
+    folder, sha256 = Path(folder), records.weights_sha256(folder)
+    part = folder / f".{MISTAKES_NAME}.part"
+    examination.answers.add_column("weights_sha256", [sha256] * len(examination.answers)).to_parquet(part)
+    os.replace(part, folder / MISTAKES_NAME)
+    part = folder / f".{EXAMINATION_NAME}.part"
+    record = {"weights_sha256": sha256} | examination.record
+    part.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    os.replace(part, folder / EXAMINATION_NAME)
+
+
+def read_examination(folder: str | Path) -> Examination | None:
+    """What lies beside the weights; None if nothing does.
+
+    Raises:
+        ValueError: it belongs to other weights, or one of the two files is missing.
+    """
+    folder = Path(folder)
+    paths = [folder / EXAMINATION_NAME, folder / MISTAKES_NAME]
+    if not any(path.is_file() for path in paths):
+        return None
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"{folder}: expected {EXAMINATION_NAME} and {MISTAKES_NAME}, got no {path.name}")
+    record = json.loads(paths[0].read_text())
+    rows = datasets.Dataset.from_parquet(str(paths[1]))
+    found, expected = {record["weights_sha256"], *rows.unique("weights_sha256")}, records.weights_sha256(folder)
+    if found != {expected}:
+        raise ValueError(
+            f"{folder}: expected the examination of these weights (sha256 {expected[:12]}…), got that of others: "
+            "`vit-cifar examine` makes it anew"
+        )
+    return Examination(record, rows.remove_columns("weights_sha256"))

@@ -1,0 +1,154 @@
+"""Maps of a model, and how far to trust them: what happens to its answer when patches are taken away.
+
+Takes a model, unlike attention.py. Letters as in the model file; S is a number of steps.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torchmetrics.functional import spearman_corrcoef
+
+from ..modeling_vit_cifar import ViTCifarForImageClassification
+from .attention import AttentionMap, cls_map, gradient_rollout, rollout
+
+MEAN_COLOUR = 0.0  # what stands for a patch that is taken away: of normalised pixels, the dataset's mean
+STEPS = 16
+
+
+def attentions_and_gradients(
+    model: ViTCifarForImageClassification, pixel_values: torch.Tensor, classes: torch.Tensor
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    """One forward and one backward pass.
+
+    Args:
+        pixel_values: (B, C, H, W), normalised. classes: (B,), of which class in each image.
+
+    Returns: logits (B, classes); each layer's map (B, A, N, N); the gradient of the class's logit for each map.
+    """
+    with torch.enable_grad():
+        # Gradients flow from the pixels on, so that frozen weights change nothing.
+        output = model(pixel_values.detach().clone().requires_grad_(), output_attentions=True)
+        chosen = output.logits.gather(1, classes[:, None]).sum()
+    gradients = torch.autograd.grad(chosen, output.attentions)
+    return output.logits.detach(), tuple(attention.detach() for attention in output.attentions), gradients
+
+
+@torch.no_grad()
+def occlusion(model: ViTCifarForImageClassification, pixel_values: torch.Tensor, classes: torch.Tensor) -> AttentionMap:
+    """How far the probability of a class falls when one patch gets the mean colour (Zeiler and Fergus 2014,
+    arXiv:1311.2901, section 4.2): (B, h, w), in -1..1.
+
+    Args:
+        pixel_values: (B, C, H, W), normalised. classes: (B,), of which class in each image.
+    """
+    from captum.attr import FeatureAblation  # of the extra `demo`
+
+    size = model.config.patch_size
+    patches = _patch_numbers(pixel_values, size)
+    ablation = FeatureAblation(lambda pixels: model(pixels).logits.softmax(-1))
+    falls = ablation.attribute(
+        pixel_values, MEAN_COLOUR, target=classes, feature_mask=patches, perturbations_per_eval=STEPS
+    )
+    return AttentionMap(falls[:, 0, ::size, ::size])  # every pixel of a patch holds the patch's number
+
+
+def random_map(
+    model: ViTCifarForImageClassification, pixel_values: torch.Tensor, classes: torch.Tensor
+) -> AttentionMap:
+    """What a method must beat: (B, h, w), uniform in 0..1, the same for the same place in a batch."""
+    size = model.config.patch_size
+    grid = (len(pixel_values), *(length // size for length in pixel_values.shape[-2:]))
+    return AttentionMap(torch.rand(grid, generator=torch.Generator().manual_seed(0)).to(pixel_values.device))
+
+
+def _of_attention(make: Callable[..., AttentionMap], gradients: bool = False) -> Callable[..., AttentionMap]:
+    def method(
+        model: ViTCifarForImageClassification, pixel_values: torch.Tensor, classes: torch.Tensor
+    ) -> AttentionMap:
+        grid = tuple(length // model.config.patch_size for length in pixel_values.shape[-2:])
+        if gradients:
+            _, *both = attentions_and_gradients(model, pixel_values, classes)
+            return make(*both, grid=grid)
+        with torch.no_grad():
+            return make(model(pixel_values, output_attentions=True).attentions, grid=grid)
+
+    return method
+
+
+# Name: (model, pixel_values, classes) -> map. The first three look at attention, occlusion at the answer.
+METHODS: dict[str, Callable[..., AttentionMap]] = {
+    "attention": _of_attention(cls_map),
+    "rollout": _of_attention(rollout),
+    "gradient rollout": _of_attention(gradient_rollout, gradients=True),
+    "occlusion": occlusion,
+    "random": random_map,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Curves:
+    """Probability of the class, (B, S + 1), while patches go or come in the order of a map, largest first.
+
+    Attributes:
+        deletion: from the whole image to none of it. A map that finds what matters makes it fall early.
+        insertion: from none of the image to the whole. Such a map makes it rise early.
+    """
+
+    deletion: torch.Tensor
+    insertion: torch.Tensor
+
+    @property
+    def score(self) -> torch.Tensor:
+        """(B,), the area between insertion and deletion, in -1..1. An order that says nothing gets about 0 on
+        average; larger is better."""
+        return (torch.trapezoid(self.insertion) - torch.trapezoid(self.deletion)) / (self.deletion.shape[1] - 1)
+
+
+@torch.no_grad()
+def deletion_insertion(
+    model: ViTCifarForImageClassification, pixel_values: torch.Tensor, classes: torch.Tensor, values: torch.Tensor
+) -> Curves:
+    """Deletion and insertion (Petsiuk et al. 2018, arXiv:1806.07421, section 4.1), whole patches at a time.
+
+    Args:
+        pixel_values: (B, C, H, W), normalised. classes: (B,). values: (B, h, w), a map of each image.
+    """
+    patches = _patch_numbers(pixel_values, model.config.patch_size)
+    rank = values.flatten(1).argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # (B, h * w): 0 is the largest
+    rank = rank[:, patches.flatten()].view(-1, 1, *patches.shape[-2:])  # (B, 1, H, W)
+    count = values[0].numel()
+    deletion, insertion = [], []
+    for step in range(STEPS + 1):
+        taken = rank < round(count * step / STEPS)
+        for curve, gone in ((deletion, taken), (insertion, ~taken)):
+            logits = model(pixel_values.masked_fill(gone, MEAN_COLOUR)).logits
+            curve.append(logits.softmax(-1).gather(1, classes[:, None])[:, 0])
+    return Curves(torch.stack(deletion, dim=1), torch.stack(insertion, dim=1))
+
+
+def bootstrap_interval(values: torch.Tensor, resamples: int = 2000) -> tuple[float, float]:
+    """The middle 95% of the means of as many values, drawn again from `values` (B,) with replacement (Efron 1979)."""
+    drawn = torch.randint(len(values), (resamples, len(values)), generator=torch.Generator().manual_seed(0))
+    low, high = values.cpu()[drawn].mean(dim=1).quantile(torch.tensor([0.025, 0.975])).tolist()
+    return low, high
+
+
+def randomized(model: ViTCifarForImageClassification) -> ViTCifarForImageClassification:
+    """The same architecture with new weights (seed 0): a map that looks the same on it does not show what was learned
+    (Adebayo et al. 2018, arXiv:1810.03292, section 3)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return type(model)(model.config).to(model.device, model.dtype).eval()
+
+
+def rank_correlation(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Spearman's, of two maps (B, h, w) of each image: (B,), in -1..1."""
+    return spearman_corrcoef(a.flatten(1).T.float(), b.flatten(1).T.float())
+
+
+def _patch_numbers(pixel_values: torch.Tensor, size: int) -> torch.Tensor:
+    """(1, 1, H, W): which patch a pixel belongs to, counted row by row."""
+    height, width = pixel_values.shape[-2:]
+    rows, columns = (torch.arange(length, device=pixel_values.device) // size for length in (height, width))
+    return (rows[:, None] * (width // size) + columns)[None, None]
