@@ -81,6 +81,73 @@ def evaluate(
 
 
 @app.command()
+def explain(
+    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", show_default=False)],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="A new PNG file; a new folder for several images.", show_default=False),
+    ],
+    model: ModelOption = None,
+    method: Annotated[
+        str, typer.Option(help="attention, rollout, gradient rollout, occlusion or random.")
+    ] = "attention",
+    layer: Annotated[int | None, typer.Option(help="For attention: from 1; left out, the last.")] = None,
+    head: Annotated[str, typer.Option(help="For attention: from 1, or mean or max over heads.")] = "mean",
+    class_name: Annotated[
+        str | None, typer.Option("--class", help="The class to explain; left out, the model's answer.")
+    ] = None,
+) -> None:
+    """Draw where the model looks, as PNG files that say in their metadata what they show."""
+    from tqdm.auto import tqdm
+
+    from .explain.pictures import explain_image, files_in, map_options, name_of
+    from .images import open_image
+    from .models import load_model
+
+    files = files_in(images)
+    opened = [open_image(path) for path in files]  # all of them before any work: an error leaves nothing half done
+    network, processor = load_model(model)
+    options = map_options(network.config, method, layer, head, class_name)
+    one_file = len(images) == 1 and images[0].is_file()
+    if output.exists() or not output.parent.is_dir():
+        raise typer.BadParameter(f"expected a new name in a folder that exists, got {output}", param_hint="--output")
+    if not one_file:
+        output.mkdir()
+    for path, image in tqdm(list(zip(files, opened, strict=True)), disable=one_file, unit=" images"):
+        found = explain_image(network, processor, image, name_of(model), **options)
+        found.save(output if one_file else output / f"{path.stem}.png")
+        tqdm.write(f"{path}: {found}")
+
+
+@app.command()
+def examine(
+    folder: Annotated[Path, typer.Argument(help="A model folder with its training record.", show_default=False)],
+    dataset_name: Annotated[
+        str | None, typer.Option("--dataset_name", "--dataset-name", help="Hub id or local folder; as in training.")
+    ] = None,
+    images: Annotated[int, typer.Option(min=2, help="Test images that the maps are tried on.")] = 500,
+) -> None:
+    """Measure mistakes, calibration and how far each kind of map can be trusted; kept beside the weights."""
+    from .evaluation import records
+    from .evaluation.examination import examine as measure
+    from .evaluation.examination import report, write_examination
+    from .models import load_model
+    from .training.data import CIFAR10_NAME, load_split, split_off_validation
+
+    if not folder.is_dir():
+        raise typer.BadParameter(f"expected a model folder, got {folder}", param_hint="FOLDER")
+    network, processor = load_model(str(folder))
+    arguments = records.read_record(folder)["arguments"]
+    name, columns = dataset_name or CIFAR10_NAME, (arguments["image_column"], arguments["label_column"])
+    size = network.config.image_size
+    train_set, test_set = (load_split(name, split, size, *columns) for split in ("train", "test"))
+    _, validation_set = split_off_validation(train_set, arguments["validation_size"], arguments["validation_seed"])
+    examination = measure(network, processor, validation_set, test_set, images)
+    write_examination(folder, examination)
+    print(report(examination.record))
+
+
+@app.command()
 def benchmark(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the record into this new JSON file.")
@@ -124,12 +191,13 @@ def main() -> None:
     try:
         app()
     except ValueError as error:
+        from .explain.pictures import ExplanationError
         from .hub.convert_tutorial import ConversionError
         from .images import ImageError
         from .models import ModelError
         from .training.data import DataError
 
-        if not isinstance(error, ConversionError | ImageError | ModelError | DataError):
+        if not isinstance(error, ConversionError | ExplanationError | ImageError | ModelError | DataError):
             raise
         print(f"vit-cifar: {error}", file=sys.stderr)
         sys.exit(2)

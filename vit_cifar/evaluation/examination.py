@@ -145,6 +145,24 @@ def answers(probabilities: torch.Tensor, test_set: ImageDataset) -> datasets.Dat
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
 
 
+def report(record: dict) -> str:
+    """The record for the terminal."""
+    before, after = (record["calibration"][name]["calibration_error"] for name in ("as trained", "with temperature"))
+    lines = [
+        f"test accuracy {record['test_accuracy']:.2%}",
+        f"calibration error {before:.2%}, with temperature {record['temperature']:.3f} {after:.2%}",
+        f"area between insertion and deletion, {record['maps']['images']} images, 95% interval:",
+    ]
+    for name, found in record["maps"]["methods"].items():
+        low, high = found["score_interval"]
+        line = f"  {name:<17} {found['score']:6.3f} ({low:.3f} to {high:.3f})"
+        if "correlation_with_random_weights" in found:
+            line += f", rank correlation with random weights {found['correlation_with_random_weights']:.2f}"
+            line += "" if found["passes_random_weights"] else ": fails"
+        lines.append(line)
+    return "\n".join(lines)
+
+
 def write_examination(folder: str | Path, examination: Examination) -> None:
     """Both files, with the weights' checksum in both; each whole or not at all."""
     folder, sha256 = Path(folder), records.weights_sha256(folder)

@@ -3,7 +3,11 @@
 from collections.abc import Sequence
 
 import matplotlib
+import numpy as np
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
 from torch.nn.functional import interpolate
 
 
@@ -13,12 +17,17 @@ def denormalize(pixel_values: torch.Tensor, mean: Sequence[float], std: Sequence
     return (pixel_values * std + mean).clamp(0, 1)
 
 
+def resize(attention_map: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """(B, h, w) -> (B, H, W), bilinear, unscaled."""
+    return interpolate(attention_map[:, None].float(), size=size, mode="bilinear", align_corners=False)[:, 0]
+
+
 def upscale(attention_map: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """(B, h, w) -> (B, H, W): bilinear, then scaled so that each map's minimum is 0 and its maximum 1.
 
     A map that is the same everywhere becomes 0.
     """
-    resized = interpolate(attention_map[:, None].float(), size=size, mode="bilinear", align_corners=False)[:, 0]
+    resized = resize(attention_map, size)
     low, high = resized.amin(dim=(1, 2), keepdim=True), resized.amax(dim=(1, 2), keepdim=True)
     return (resized - low) / (high - low).clamp_min(torch.finfo(resized.dtype).tiny)
 
@@ -52,3 +61,24 @@ def colour_overlay(
     colours = matplotlib.colormaps[colormap](upscale(attention_map, images.shape[-2:]).cpu().numpy())  # (B, H, W, 4)
     colours = torch.from_numpy(colours[..., :3]).to(images).permute(0, 3, 1, 2)
     return (1 - alpha) * images + alpha * colours
+
+
+def picture_with_colourbar(
+    attention_map: torch.Tensor, image: torch.Tensor, title: str, unit: str, colormap: str = "viridis"
+) -> Image.Image:
+    """`colour_overlay` of one image, and beside it what its colours stand for, in the map's own numbers.
+
+    Args:
+        attention_map: (h, w). image: (3, H, W), 0..1.
+        unit: what the numbers are, as in "attention, share of 1".
+    """
+    resized = resize(attention_map[None], image.shape[-2:])
+    figure = Figure(figsize=(5, 4), dpi=128, layout="constrained")
+    axes = figure.add_subplot()
+    axes.imshow(colour_overlay(attention_map[None], image[None], colormap)[0].permute(1, 2, 0), interpolation="nearest")
+    axes.set(xticks=[], yticks=[], title=title)
+    scale = matplotlib.colors.Normalize(resized.min().item(), resized.max().item())
+    figure.colorbar(matplotlib.cm.ScalarMappable(scale, colormap), ax=axes, label=unit)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")

@@ -64,19 +64,20 @@ def random_map(
 
 def _of_attention(make: Callable[..., AttentionMap], gradients: bool = False) -> Callable[..., AttentionMap]:
     def method(
-        model: ViTCifarForImageClassification, pixel_values: torch.Tensor, classes: torch.Tensor
+        model: ViTCifarForImageClassification, pixel_values: torch.Tensor, classes: torch.Tensor, **options: object
     ) -> AttentionMap:
         grid = tuple(length // model.config.patch_size for length in pixel_values.shape[-2:])
         if gradients:
             _, *both = attentions_and_gradients(model, pixel_values, classes)
-            return make(*both, grid=grid)
+            return make(*both, grid=grid, **options)
         with torch.no_grad():
-            return make(model(pixel_values, output_attentions=True).attentions, grid=grid)
+            return make(model(pixel_values, output_attentions=True).attentions, grid=grid, **options)
 
     return method
 
 
-# Name: (model, pixel_values, classes) -> map. The first three look at attention, occlusion at the answer.
+# Name: (model, pixel_values, classes) -> map. The first three look at attention, and take the options of the function
+# in attention.py as well; occlusion looks at the answer.
 METHODS: dict[str, Callable[..., AttentionMap]] = {
     "attention": _of_attention(cls_map),
     "rollout": _of_attention(rollout),
