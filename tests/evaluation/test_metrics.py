@@ -2,7 +2,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vit_cifar.evaluation.metrics import evaluate
+from vit_cifar.evaluation.metrics import calibration_error, evaluate, fit_temperature, reliability
 from vit_cifar.models import load_model
 from vit_cifar.training.data import load_split
 
@@ -30,3 +30,30 @@ def test_metrics_equal_counting_one_by_one(smoke_folder):
     assert result.per_class == pytest.approx({name: hits / images for name, (hits, images) in right.items()})
     assert result.accuracy == pytest.approx(sum(hits for hits, _ in right.values()) / 200)
     assert result.confusion.sum() == 200
+
+
+def test_the_temperature_is_the_best_of_many_and_undoes_a_known_one():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4000, 10, generator=generator) * 2
+    labels = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]  # drawn as the logits say
+    assert fit_temperature(logits, labels) == pytest.approx(1, abs=0.05)
+    assert fit_temperature(logits * 3, labels) == pytest.approx(3, abs=0.15)
+    found = fit_temperature(logits * 3, labels)
+    losses = {t: torch.nn.functional.cross_entropy(logits * 3 / t, labels) for t in (found * 0.98, found, found * 1.02)}
+    assert min(losses, key=losses.get) == found
+
+
+def test_calibration_error_and_reliability_equal_sorting_into_bins_by_hand():
+    generator = torch.Generator().manual_seed(1)
+    probabilities = (torch.randn(300, 4, generator=generator) * 2).softmax(-1)
+    labels = torch.randint(4, (300,), generator=generator)
+    bins: dict[int, list[tuple[float, bool]]] = {}
+    for row, label in zip(probabilities.tolist(), labels.tolist(), strict=True):
+        bins.setdefault(int(max(row) * 15), []).append((max(row), row.index(max(row)) == label))
+    means = {number: [sum(column) / len(rows) for column in zip(*rows, strict=True)] for number, rows in bins.items()}
+    expected = sum(len(bins[n]) / 300 * abs(confidence - right) for n, (confidence, right) in means.items())
+    assert calibration_error(probabilities, labels) == pytest.approx(expected, abs=1e-5)
+    points = reliability(probabilities, labels)
+    assert [point["images"] for point in points] == [len(bins[number]) for number in sorted(bins)]
+    for point, number in zip(points, sorted(bins), strict=True):
+        assert [point["confidence"], point["accuracy"]] == pytest.approx(means[number], abs=1e-5)

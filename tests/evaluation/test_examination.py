@@ -1,0 +1,114 @@
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+from vit_cifar.evaluation.examination import (
+    EXAMINATION_NAME,
+    MISTAKES_NAME,
+    RIGHT_PER_CLASS,
+    Examination,
+    answers,
+    examine,
+    read_examination,
+    write_examination,
+)
+from vit_cifar.evaluation.metrics import evaluate
+from vit_cifar.explain.perturbation import METHODS, deletion_insertion
+from vit_cifar.models import BUNDLED_MODELS, DEFAULT_MODEL, load_model
+from vit_cifar.training.data import load_split, normalize
+
+
+@pytest.fixture(scope="module")
+def found() -> Examination:
+    """Of the shipped model, on the images in the package."""
+    validation, test = load_split("sample", "train"), load_split("sample", "test")
+    return examine(*load_model(), validation, test, images=20)
+
+
+def test_numbers_are_those_of_the_model(found):
+    model, processor = load_model()
+    test = load_split("sample", "test")
+    result = evaluate(model, processor, test)
+    record = found.record
+    assert record["test_accuracy"] == result.accuracy
+    assert torch.equal(torch.tensor(record["confusion"]), result.confusion)
+    calibrations = record["calibration"]
+    for name, temperature in (("as trained", 1.0), ("with temperature", record["temperature"])):
+        loss = torch.nn.functional.cross_entropy(result.logits / temperature, test.labels).item()
+        assert calibrations[name]["loss"] == pytest.approx(loss)
+        assert sum(point["images"] for point in calibrations[name]["reliability"]) == len(test)
+
+
+def test_a_methods_score_is_the_mean_over_the_drawn_images(found):
+    model, processor = load_model()
+    test = load_split("sample", "test")
+    drawn = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:20]
+    pixel_values = normalize(test.images[drawn], processor.image_mean, processor.image_std)
+    classes = model(pixel_values).logits.argmax(-1)
+    methods = found.record["maps"]["methods"]
+    assert list(methods) == list(METHODS)
+    for name, numbers in methods.items():
+        scores = [  # image by image
+            deletion_insertion(model, image, label, METHODS[name](model, image, label).values).score.item()
+            for image, label in zip(pixel_values.split(1), classes.split(1), strict=True)
+            if name != "random"  # which depends on the place in the batch
+        ]
+        if scores:
+            assert numbers["score"] == pytest.approx(sum(scores) / 20, abs=1e-3)
+            assert -1 <= numbers["correlation_with_random_weights"] <= 1
+            passes = abs(numbers["correlation_with_random_weights"]) < 0.5
+            assert numbers["passes_random_weights"] == passes
+            difference = numbers["score"] - methods["random"]["score"]
+            assert numbers["above_random"] == pytest.approx(difference, abs=1e-5)
+        low, high = numbers["score_interval"]
+        assert low < numbers["score"] < high
+
+
+def test_every_mistake_is_kept_and_the_least_sure_right_answers(found):
+    test = load_split("sample", "test")
+    confusion = torch.tensor(found.record["confusion"])
+    rows = list(found.answers)
+    wrong = [row for row in rows if row["label"] != row["prediction"]]
+    assert len(wrong) == confusion.sum() - confusion.trace()
+    right = [row for row in rows if row["label"] == row["prediction"]]
+    assert len(right) == confusion.diagonal().clamp(max=RIGHT_PER_CLASS).sum()
+    for row in rows[:5] + rows[-5:]:
+        assert row["label"] == test.labels[row["index"]]
+        assert row["image"].tobytes() == test.images[row["index"]].permute(1, 2, 0).numpy().tobytes()
+
+
+def test_the_right_answers_that_are_kept_are_the_least_sure():
+    test = load_split("sample", "test")
+    confidence = torch.linspace(0.3, 0.9, len(test))[:, None]
+    probabilities = torch.nn.functional.one_hot(test.labels, 10) * confidence + (1 - confidence) / 20
+    kept = answers(probabilities, test)["index"]
+    for label in range(10):
+        own = (test.labels == label).nonzero().flatten().tolist()
+        assert [index for index in kept if test.labels[index] == label] == own[:RIGHT_PER_CLASS]
+
+
+def test_it_lies_beside_the_weights_and_is_refused_beside_others(found, tmp_path):
+    shutil.copytree(BUNDLED_MODELS / DEFAULT_MODEL, folder := tmp_path / "model")
+    for name in (EXAMINATION_NAME, MISTAKES_NAME):
+        (folder / name).unlink(missing_ok=True)
+    assert read_examination(folder) is None
+    write_examination(folder, found)
+    again = read_examination(folder)
+    assert again.record.pop("weights_sha256")
+    assert again.record == json.loads(json.dumps(found.record))
+    assert list(again.answers["index"]) == list(found.answers["index"])
+
+    shutil.move(folder / MISTAKES_NAME, tmp_path / "other")
+    with pytest.raises(ValueError, match=f"expected {EXAMINATION_NAME} and {MISTAKES_NAME}, got no {MISTAKES_NAME}"):
+        read_examination(folder)
+    shutil.move(tmp_path / "other", folder / MISTAKES_NAME)
+    weights = bytearray((folder / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(weights)
+    with pytest.raises(ValueError, match="expected the examination of these weights"):
+        read_examination(folder)
+    write_examination(folder, replace(found))
+    assert read_examination(folder) is not None

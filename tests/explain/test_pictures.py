@@ -1,0 +1,91 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vit_cifar.explain.overlay import picture_with_colourbar
+from vit_cifar.explain.perturbation import METHODS
+from vit_cifar.explain.pictures import UNITS, explain_image, files_in, map_options
+from vit_cifar.images import open_image
+from vit_cifar.models import load_model
+
+EXAMPLE = "vit_cifar/demo/assets/examples/ship.png"
+
+
+@pytest.fixture(scope="module")
+def model_and_processor():
+    return load_model()
+
+
+def test_every_method_has_a_unit():
+    assert set(UNITS) == set(METHODS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_file_says_what_it_shows(model_and_processor, method, tmp_path):
+    model, processor = model_and_processor
+    options = map_options(model.config, method, class_name="cat")
+    explanation = explain_image(model, processor, open_image(EXAMPLE), "a-model", **options)
+    explanation.save(tmp_path / "map.png")
+    with Image.open(tmp_path / "map.png") as picture:
+        said = picture.text
+    assert said["model"] == "a-model" and said["method"] == method
+    assert said["answer"].startswith("ship ")
+    assert said["minimum"] == f"{explanation.found.values.min().item():.4g}"
+    assert said["entropy"].endswith(" of 6 bits")
+    assert ("layer" in said) == ("head" in said) == (method == "attention")
+    assert said.get("class") == ("cat" if method in ("gradient rollout", "occlusion") else None)
+    assert ("class token to itself" in said) == (method not in ("occlusion", "random"))
+
+
+def test_layer_and_head_count_from_one(model_and_processor):
+    model, processor = model_and_processor
+    image = open_image(EXAMPLE)
+    pixel_values = processor(image, return_tensors="pt").pixel_values
+    attentions = model(pixel_values, output_attentions=True).attentions
+    options = map_options(model.config, layer=2, head="3")
+    found = explain_image(model, processor, image, "", **options).found
+    torch.testing.assert_close(found.values.flatten(), attentions[1][0, 2, 0, 1:])
+    last = explain_image(model, processor, image, "", **map_options(model.config)).found
+    torch.testing.assert_close(last.values.flatten(), attentions[-1][0, :, 0, 1:].mean(0))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"method": "grad-cam"}, "method: expected one of attention, rollout, .* got 'grad-cam'"),
+        ({"layer": 0}, "layer: expected 1 to 3, got 0"),
+        ({"layer": 4}, "layer: expected 1 to 3, got 4"),
+        ({"head": "7"}, "head: expected 1 to 6, mean or max, got '7'"),
+        ({"class_name": "cow"}, "class: expected one of airplane, .*, got 'cow'"),
+        ({"method": "rollout", "layer": 1}, "layer and head: expected them for the method attention alone"),
+    ],
+)
+def test_wrong_words_are_named(model_and_processor, words, message):
+    with pytest.raises(ValueError, match=message):
+        map_options(model_and_processor[0].config, **words)
+
+
+def test_the_colourbar_has_the_maps_own_numbers():
+    image = torch.zeros(3, 32, 32)
+    one, other = (
+        np.asarray(
+            picture_with_colourbar(torch.rand(8, 8, generator=torch.Generator().manual_seed(0)) * scale, image, "", "")
+        )
+        for scale in (1.0, 50.0)
+    )
+    different = (one != other).any(axis=2)
+    assert different.any(), "the numbers beside the bar"
+    columns = different.any(axis=0).nonzero()[0]
+    assert columns.min() > one.shape[1] / 2, "the map itself looks the same"
+
+
+def test_folders_give_their_images_by_name(tmp_path):
+    for name in ("b.png", "a.JPG", "notes.txt"):
+        (tmp_path / name).write_bytes(b"")
+    assert [path.name for path in files_in([tmp_path])] == ["a.JPG", "b.png"]
+    with pytest.raises(ValueError, match="expected a different name for each, got 'b' 2 times"):
+        files_in([tmp_path, tmp_path / "b.png"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="expected image files in the folder, got none"):
+        files_in([tmp_path / "empty"])

@@ -1,0 +1,160 @@
+"""A model and an image -> a picture of where it looks, as a PNG that says in its metadata what it shows."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, PngImagePlugin
+from transformers import ViTImageProcessor
+
+from ..configuration_vit_cifar import ViTCifarConfig
+from ..images import ImageError
+from ..modeling_vit_cifar import ViTCifarForImageClassification
+from ..models import DEFAULT_MODEL
+from .attention import AttentionMap
+from .overlay import denormalize, picture_with_colourbar
+from .perturbation import METHODS
+
+UNITS = {
+    "attention": "attention of the class token, share of 1",
+    "rollout": "attention through all layers, share of 1",
+    "gradient rollout": "attention × gradient of the logit",
+    "occlusion": "fall of the probability",
+    "random": "random number",
+}
+
+
+class ExplanationError(ValueError):
+    """A map that cannot be made; the message is one line."""
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """One image's map.
+
+    Attributes:
+        answer, confidence: the class that the model answers, and its probability.
+        image: (3, H, W), 0..1, as the model saw it.
+        found: the map, a batch of one.
+        description: what is shown: model, method, class, and for attention layer and head.
+    """
+
+    answer: str
+    confidence: float
+    image: torch.Tensor
+    found: AttentionMap
+    description: dict[str, str]
+
+    def numbers(self) -> dict[str, str]:
+        """The raw numbers, which the colours hide."""
+        found, patches = self.found, self.found.values[0].numel()
+        most = torch.tensor(float(patches)).log2().item()
+        numbers = {
+            "minimum": f"{found.minimum.item():.4g}",
+            "maximum": f"{found.maximum.item():.4g}",
+            "entropy": f"{found.entropy.item():.2f} of {most:g} bits",
+        }
+        if found.to_itself is not None:
+            numbers["class token to itself"] = f"{found.to_itself.item():.4g}"
+        return numbers
+
+    def __str__(self) -> str:
+        shown = [f"{name} {value}" for name, value in (self.description | self.numbers()).items()]
+        return f"{self.answer} {self.confidence:.1%}; {', '.join(shown)}"
+
+    def save(self, path: Path) -> None:
+        """A PNG with a colourbar; `description` and `numbers` are its text chunks."""
+        method = self.description["method"]
+        title = f"{method}: {self.description['class']}" if "class" in self.description else method
+        picture = picture_with_colourbar(self.found.values[0], self.image, title, UNITS[method])
+        metadata = PngImagePlugin.PngInfo()
+        for name, value in (
+            {"answer": f"{self.answer} {self.confidence:.1%}"} | self.description | self.numbers()
+        ).items():
+            metadata.add_text(name, value)
+        picture.save(path, format="PNG", pnginfo=metadata)
+
+
+def name_of(model: str | None) -> str:
+    """What pictures call a model: its folder's name or its Hub id."""
+    return Path(model).resolve().name if model and Path(model).is_dir() else model or DEFAULT_MODEL
+
+
+def files_in(paths: list[Path]) -> list[Path]:
+    """Files as they are, folders as the image files in them, by name.
+
+    Raises:
+        ImageError: a folder without images, or two files whose pictures would have one name.
+    """
+    files = []
+    for path in paths:
+        if not path.is_dir():
+            files.append(path)
+            continue
+        inside = sorted(file for file in path.iterdir() if file.suffix.lower() in Image.registered_extensions())
+        if not inside:
+            raise ImageError(f"{path}: expected image files in the folder, got none")
+        files += inside
+    for stem in (stems := [file.stem for file in files]):
+        if stems.count(stem) > 1:
+            raise ImageError(f"images: expected a different name for each, got {stem!r} {stems.count(stem)} times")
+    return files
+
+
+def map_options(
+    config: ViTCifarConfig,
+    method: str = "attention",
+    layer: int | None = None,
+    head: str = "mean",
+    class_name: str | None = None,
+) -> dict:
+    """A user's words, checked, as arguments of `explain_image`.
+
+    Args:
+        layer, head: from 1, as people count.
+
+    Raises:
+        ExplanationError: something that this model or this method does not have.
+    """
+    if method not in METHODS:
+        raise ExplanationError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    if method != "attention" and (layer is not None or head != "mean"):
+        raise ExplanationError(f"layer and head: expected them for the method attention alone, got them for {method}")
+    layers, heads = config.num_hidden_layers, config.num_attention_heads
+    layer = layers if layer is None else layer
+    if not 1 <= layer <= layers:
+        raise ExplanationError(f"layer: expected 1 to {layers}, got {layer}")
+    if head not in ("mean", "max", *map(str, range(1, heads + 1))):
+        raise ExplanationError(f"head: expected 1 to {heads}, mean or max, got {head!r}")
+    names = [config.id2label[index] for index in range(config.num_labels)]
+    if class_name is not None and class_name not in names:
+        raise ExplanationError(f"class: expected one of {', '.join(names)}, got {class_name!r}")
+    return {"method": method, "layer": layer, "head": head, "class_name": class_name}
+
+
+def explain_image(
+    model: ViTCifarForImageClassification,
+    processor: ViTImageProcessor,
+    image: Image.Image,
+    model_name: str,
+    method: str,
+    layer: int,
+    head: str,
+    class_name: str | None,
+) -> Explanation:
+    """One RGB image's map; see `map_options` for what the arguments may be."""
+    pixel_values = processor(image, return_tensors="pt").pixel_values.to(model.device, model.dtype)
+    with torch.no_grad():
+        probabilities = model(pixel_values).logits[0].float().softmax(-1)
+    names, answer = model.config.id2label, int(probabilities.argmax())
+    chosen = answer if class_name is None else model.config.label2id[class_name]
+    options = {}
+    description = {"model": model_name, "method": method}
+    if method == "attention":
+        options = {"layer": layer - 1, "head": int(head) - 1 if head.isdigit() else head}
+        description |= {"layer": str(layer), "head": head}
+    elif method in ("gradient rollout", "occlusion"):
+        description["class"] = names[chosen]
+    found = METHODS[method](model, pixel_values, torch.tensor([chosen], device=model.device), **options)
+    seen = denormalize(pixel_values.float().cpu(), processor.image_mean, processor.image_std)[0]
+    return Explanation(names[answer], probabilities[answer].item(), seen, found, description)
