@@ -29,7 +29,7 @@ class Evaluation:
     logits: torch.Tensor
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def evaluate(
     model: PreTrainedModel, processor: BaseImageProcessor, dataset: ImageDataset, batch_size: int = 500
 ) -> Evaluation:

@@ -3,11 +3,8 @@
 from collections.abc import Sequence
 
 import matplotlib
-import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image
 from torch.nn.functional import interpolate
 
 
@@ -63,9 +60,9 @@ def colour_overlay(
     return (1 - alpha) * images + alpha * colours
 
 
-def picture_with_colourbar(
+def figure_with_colourbar(
     attention_map: torch.Tensor, image: torch.Tensor, title: str, unit: str, colormap: str = "viridis"
-) -> Image.Image:
+) -> Figure:
     """`colour_overlay` of one image, and beside it what its colours stand for, in the map's own numbers.
 
     Args:
@@ -73,12 +70,11 @@ def picture_with_colourbar(
         unit: what the numbers are, as in "attention, share of 1".
     """
     resized = resize(attention_map[None], image.shape[-2:])
-    figure = Figure(figsize=(5, 4), dpi=128, layout="constrained")
+    picture = colour_overlay(attention_map[None], image[None], colormap)[0].permute(1, 2, 0)
+    figure = Figure(figsize=(5, 4), layout="constrained")
     axes = figure.add_subplot()
-    axes.imshow(colour_overlay(attention_map[None], image[None], colormap)[0].permute(1, 2, 0), interpolation="nearest")
+    axes.imshow(picture.numpy(), interpolation="nearest")
     axes.set(xticks=[], yticks=[], title=title)
     scale = matplotlib.colors.Normalize(resized.min().item(), resized.max().item())
     figure.colorbar(matplotlib.cm.ScalarMappable(scale, colormap), ax=axes, label=unit)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    return figure

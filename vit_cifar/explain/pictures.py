@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from transformers import ViTImageProcessor
 
 from ..configuration_vit_cifar import ViTCifarConfig
@@ -12,7 +12,7 @@ from ..images import ImageError
 from ..modeling_vit_cifar import ViTCifarForImageClassification
 from ..models import DEFAULT_MODEL
 from .attention import AttentionMap
-from .overlay import denormalize, picture_with_colourbar
+from .overlay import denormalize, figure_with_colourbar
 from .perturbation import METHODS
 
 UNITS = {
@@ -66,13 +66,9 @@ class Explanation:
         """A PNG with a colourbar; `description` and `numbers` are its text chunks."""
         method = self.description["method"]
         title = f"{method}: {self.description['class']}" if "class" in self.description else method
-        picture = picture_with_colourbar(self.found.values[0], self.image, title, UNITS[method])
-        metadata = PngImagePlugin.PngInfo()
-        for name, value in (
-            {"answer": f"{self.answer} {self.confidence:.1%}"} | self.description | self.numbers()
-        ).items():
-            metadata.add_text(name, value)
-        picture.save(path, format="PNG", pnginfo=metadata)
+        figure = figure_with_colourbar(self.found.values[0].cpu(), self.image, title, UNITS[method])
+        said = {"answer": f"{self.answer} {self.confidence:.1%}"} | self.description | self.numbers()
+        figure.savefig(path, format="png", dpi=128, metadata=said)
 
 
 def name_of(model: str | None) -> str:
