@@ -54,6 +54,22 @@ def test_evaluate_prints_accuracy_and_each_class(smoke_folder):
     assert all(name in text for name in result.per_class)
 
 
+def test_explain_draws_one_image_or_a_folder_of_them(images, tiny_model_folder, tmp_path):
+    one = vit_cifar("explain", images[0], "-o", tmp_path / "one.png", "--model", tiny_model_folder, "--layer", "1")
+    assert one.returncode == 0, one.stderr
+    with Image.open(tmp_path / "one.png") as picture:
+        assert (picture.text["model"], picture.text["layer"]) == (tiny_model_folder.name, "1")
+        assert picture.text["entropy"] in one.stdout
+    words = ("-o", tmp_path / "maps", "--model", tiny_model_folder, "--method", "occlusion", "--class", "cat")
+    several = vit_cifar("explain", *images, *words)
+    assert several.returncode == 0, several.stderr
+    assert sorted(path.name for path in (tmp_path / "maps").iterdir()) == ["large.png", "red.png"]
+    for path in (tmp_path / "maps").iterdir():
+        with Image.open(path) as picture:
+            assert picture.text["class"] == "cat"
+    assert vit_cifar("explain", *images, *words).returncode == 2  # nothing is overwritten
+
+
 def test_users_errors_are_one_line_and_exit_code_2(images, tiny_model_folder, tmp_path):
     text = tmp_path / "text.png"
     text.write_text("no image")
@@ -64,6 +80,9 @@ def test_users_errors_are_one_line_and_exit_code_2(images, tiny_model_folder, tm
         (["predict", images[0], tmp_path / "nothing.png", "--model", tiny_model_folder], "no such file"),
         (["predict", images[0], "--model", tmp_path / "nowhere"], "no such folder"),
         (["evaluate", tiny_model_folder, "--dataset_name", tmp_path / "nowhere"], "dataset_name: expected"),
+        (["explain", images[0], "-o", tmp_path / "x.png", "--method", "lime"], "method: expected one of attention, "),
+        (["explain", text, "-o", tmp_path / "x.png", "--model", tiny_model_folder], "expected an image"),
+        (["examine", tiny_model_folder, "--dataset_name", "sample"], "expected a training_record.json, got none"),
         (["evaluate", tiny_model_folder, "--dataset_name", "sample", "--split", "dev"], "split: expected one of"),
     ):
         answer = vit_cifar(*arguments)

@@ -191,13 +191,15 @@ def main() -> None:
     try:
         app()
     except ValueError as error:
+        from .evaluation.records import RecordError
         from .explain.pictures import ExplanationError
         from .hub.convert_tutorial import ConversionError
         from .images import ImageError
         from .models import ModelError
         from .training.data import DataError
 
-        if not isinstance(error, ConversionError | ExplanationError | ImageError | ModelError | DataError):
+        ours = (ConversionError, DataError, ExplanationError, ImageError, ModelError, RecordError)
+        if not isinstance(error, ours):
             raise
         print(f"vit-cifar: {error}", file=sys.stderr)
         sys.exit(2)

@@ -179,7 +179,7 @@ def read_examination(folder: str | Path) -> Examination | None:
     """What lies beside the weights; None if nothing does.
 
     Raises:
-        ValueError: it belongs to other weights, or one of the two files is missing.
+        records.RecordError: it belongs to other weights, or one of the two files is missing.
     """
     folder = Path(folder)
     paths = [folder / EXAMINATION_NAME, folder / MISTAKES_NAME]
@@ -187,12 +187,12 @@ def read_examination(folder: str | Path) -> Examination | None:
         return None
     for path in paths:
         if not path.is_file():
-            raise ValueError(f"{folder}: expected {EXAMINATION_NAME} and {MISTAKES_NAME}, got no {path.name}")
+            raise records.RecordError(f"{folder}: expected {EXAMINATION_NAME} and {MISTAKES_NAME}, got no {path.name}")
     record = json.loads(paths[0].read_text())
     rows = datasets.Dataset.from_parquet(str(paths[1]))
     found, expected = {record["weights_sha256"], *rows.unique("weights_sha256")}, records.weights_sha256(folder)
     if found != {expected}:
-        raise ValueError(
+        raise records.RecordError(
             f"{folder}: expected the examination of these weights (sha256 {expected[:12]}…), got that of others: "
             "`vit-cifar examine` makes it anew"
         )

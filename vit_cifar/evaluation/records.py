@@ -17,6 +17,10 @@ RECORD_NAME = "training_record.json"
 WEIGHTS_NAME = "model.safetensors"
 
 
+class RecordError(ValueError):
+    """A record that is not there or belongs to other weights; the message is one line."""
+
+
 def weights_sha256(folder: str | Path) -> str:
     return hashlib.sha256((Path(folder) / WEIGHTS_NAME).read_bytes()).hexdigest()
 
@@ -32,14 +36,14 @@ def read_record(folder: str | Path) -> dict:
     """The record of a model folder.
 
     Raises:
-        ValueError: there is none, or it belongs to other weights.
+        RecordError: there is none, or it belongs to other weights.
     """
     path = Path(folder) / RECORD_NAME
     if not path.is_file():
-        raise ValueError(f"{folder}: expected a {RECORD_NAME}, got none")
+        raise RecordError(f"{folder}: expected a {RECORD_NAME}, got none")
     record = json.loads(path.read_text())
     if (found := weights_sha256(folder)) != record["weights_sha256"]:
-        raise ValueError(
+        raise RecordError(
             f"{path}: expected the record of these weights (sha256 {found[:12]}…), "
             f"got that of others ({record['weights_sha256'][:12]}…)"
         )

@@ -64,8 +64,8 @@ class Explanation:
 
     def save(self, path: Path) -> None:
         """A PNG with a colourbar; `description` and `numbers` are its text chunks."""
-        method = self.description["method"]
-        title = f"{method}: {self.description['class']}" if "class" in self.description else method
+        method, *rest = [word for name, word in self.description.items() if name != "model"]
+        title = ", ".join([method, *rest]) if method != "attention" else "attention, layer {}, head {}".format(*rest)
         figure = figure_with_colourbar(self.found.values[0].cpu(), self.image, title, UNITS[method])
         said = {"answer": f"{self.answer} {self.confidence:.1%}"} | self.description | self.numbers()
         figure.savefig(path, format="png", dpi=128, metadata=said)
