@@ -9,7 +9,9 @@ import runpy
 from pathlib import Path
 
 from vit_cifar import ViTCifarConfig, ViTCifarForImageClassification
+from vit_cifar.evaluation.examination import read_examination
 from vit_cifar.evaluation.records import RECORD_NAME, read_record, results_row
+from vit_cifar.models import BUNDLED_MODELS, DEFAULT_MODEL
 from vit_cifar.training.arguments import parse_arguments
 
 ROOT = Path(__file__).parents[1]
@@ -80,8 +82,35 @@ def finetuning() -> str:
     return FINETUNING["table"](json.loads(FINETUNING["RECORDS"].read_text()))
 
 
+def faithfulness() -> str:
+    """How far each kind of map can be trusted, as Markdown."""
+    record = read_examination(BUNDLED_MODELS / DEFAULT_MODEL).record
+    rows = [
+        "| map | insertion minus deletion, area | above random order | rank correlation with random weights |",
+        "|---|---|---|---|",
+    ]
+    for name, found in record["maps"]["methods"].items():
+        low, high = found["score_interval"]
+        cells = [name, f"{found['score']:.3f} ({low:.3f} to {high:.3f})", "", ""]
+        if name != "random":
+            low, high = found["above_random_interval"]
+            cells[2] = f"{found['above_random']:+.3f} ({low:+.3f} to {high:+.3f})"
+            verdict = "" if found["passes_random_weights"] else " **fails**"
+            cells[3] = f"{found['correlation_with_random_weights']:.2f}{verdict}"
+        rows.append(f"| {' | '.join(cells)} |")
+    before, after = (record["calibration"][name]["calibration_error"] for name in ("as trained", "with temperature"))
+    words = (
+        f"Means over {record['maps']['images']:,} test images, 95% bootstrap intervals. The confidence is off by "
+        f"{before:.1%} on average (expected calibration error, 15 bins), and by {after:.1%} with its logits divided by "
+        f"{record['temperature']:.3f}, which was fitted on the {record['images']['validation']:,} images held out of "
+        "training."
+    )
+    return "\n".join([*rows, "", words])
+
+
 def fill(readme: str) -> str:
-    for name, table in {"results": results(), "speed": speed(), "finetuning": finetuning()}.items():
+    parts = {"results": results, "speed": speed, "finetuning": finetuning, "faithfulness": faithfulness}
+    for name, table in ((name, make()) for name, make in parts.items()):
         start, end = f"<!-- {name}: made by docs/results.py -->\n", f"<!-- end of {name} -->"
         readme = re.sub(f"{start}.*{end}", lambda _, t=f"{start}{table}\n{end}": t, readme, flags=re.DOTALL)
     return readme

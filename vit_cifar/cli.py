@@ -128,21 +128,14 @@ def examine(
     images: Annotated[int, typer.Option(min=2, help="Test images that the maps are tried on.")] = 500,
 ) -> None:
     """Measure mistakes, calibration and how far each kind of map can be trusted; kept beside the weights."""
-    from .evaluation import records
-    from .evaluation.examination import examine as measure
-    from .evaluation.examination import report, write_examination
-    from .models import load_model
-    from .training.data import CIFAR10_NAME, load_split, split_off_validation
+    from datasets import disable_progress_bars
+
+    from .evaluation.examination import examine_folder, report, write_examination
 
     if not folder.is_dir():
         raise typer.BadParameter(f"expected a model folder, got {folder}", param_hint="FOLDER")
-    network, processor = load_model(str(folder))
-    arguments = records.read_record(folder)["arguments"]
-    name, columns = dataset_name or CIFAR10_NAME, (arguments["image_column"], arguments["label_column"])
-    size = network.config.image_size
-    train_set, test_set = (load_split(name, split, size, *columns) for split in ("train", "test"))
-    _, validation_set = split_off_validation(train_set, arguments["validation_size"], arguments["validation_seed"])
-    examination = measure(network, processor, validation_set, test_set, images)
+    examination = examine_folder(folder, dataset_name, images)
+    disable_progress_bars()  # of writing a small file
     write_examination(folder, examination)
     print(report(examination.record))
 

@@ -9,10 +9,13 @@ import nbformat
 import pytest
 from helpers import ROOT
 
+from vit_cifar.evaluation.examination import read_examination
 from vit_cifar.evaluation.records import results_row, time_and_machine
+from vit_cifar.models import BUNDLED_MODELS, DEFAULT_MODEL
 from vit_cifar.training.arguments import RECIPES
 
 CURVES = runpy.run_path(str(ROOT / "docs" / "tutorial" / "curves.py"))
+FAITHFULNESS = runpy.run_path(str(ROOT / "docs" / "faithfulness.py"))
 RECIPE_STEPS = runpy.run_path(str(ROOT / "docs" / "recipes.py"))
 RESULTS = runpy.run_path(str(ROOT / "docs" / "results.py"))
 
@@ -65,6 +68,13 @@ def test_the_tutorials_plot_shows_the_records_and_the_tutorials_losses():
     assert lines["ours, test"] == [row["validation_loss"] for row in epochs]
     assert lines["tutorial, training"][:3] == [1.9366, 1.6208, 1.4843]
     assert lines["tutorial, test"][:3] == [1.6467, 1.485, 1.4131]
+
+
+def test_the_plot_of_the_maps_shows_the_examination():
+    maps = read_examination(BUNDLED_MODELS / DEFAULT_MODEL).record["maps"]
+    for axes, kind in zip(FAITHFULNESS["plot"](maps).axes, ("deletion", "insertion"), strict=True):
+        lines = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
+        assert lines == {name: found[kind] for name, found in maps["methods"].items()}
 
 
 @pytest.mark.parametrize("variant", ["basic", "pe", "pe_conv"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,8 @@ from ..explain.perturbation import (
     rank_correlation,
 )
 from ..modeling_vit_cifar import ViTCifarForImageClassification
-from ..training.data import ImageDataset, normalize
+from ..models import load_model
+from ..training.data import CIFAR10_NAME, ImageDataset, load_split, normalize, split_off_validation
 from . import records
 from .metrics import calibration_error, evaluate, fit_temperature, reliability
 
@@ -81,6 +83,44 @@ def examine(
         "maps": examine_maps(model, processor, test_set.subset(some)),
     }
     return Examination(record, answers(test.logits.softmax(-1), test_set))
+
+
+def examine_folder(folder: Path, dataset_name: str | None, images: int) -> Examination:
+    """`examine`, with the split that the folder's training held out, and how the numbers came about.
+
+    Args:
+        dataset_name: a Hub id or a local folder; None for CIFAR-10 on the Hub.
+
+    Raises:
+        RecordError: the folder has no training record, or one of other weights.
+        ModelError, DataError: the model or the dataset cannot be used.
+    """
+    record = records.read_record(folder)
+    arguments, dataset_name = record["arguments"], dataset_name or CIFAR10_NAME
+    model, processor = load_model(str(folder))
+    columns = (model.config.image_size, arguments["image_column"], arguments["label_column"])
+    train_set, test_set = (load_split(dataset_name, split, *columns) for split in ("train", "test"))
+    _, validation_set = split_off_validation(train_set, arguments["validation_size"], arguments["validation_seed"])
+    examination = examine(model, processor, validation_set, test_set, images)
+    same = test_set.fingerprint == record["dataset"]["fingerprints"]["test"]  # a local folder has no name of its own
+    name = record["dataset"]["name"] if same else records.public_name(dataset_name)
+    command = [
+        "vit-cifar",
+        "examine",
+        records.public_name(str(folder)),
+        "--dataset_name",
+        name,
+        "--images",
+        str(images),
+    ]
+    source = {
+        "command": shlex.join(command),
+        "git_commit": records.git_commit(Path(__file__).parent),
+        "versions": records.versions(),
+        "hardware": records.hardware(),
+        "dataset": name,
+    }
+    return Examination(source | examination.record, examination.answers)
 
 
 def examine_maps(model: ViTCifarForImageClassification, processor: ViTImageProcessor, dataset: ImageDataset) -> dict:
