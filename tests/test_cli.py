@@ -1,4 +1,5 @@
 import json
+import shutil
 import sys
 
 import pytest
@@ -6,7 +7,9 @@ from helpers import run
 from PIL import Image
 from transformers import pipeline
 
+from vit_cifar.evaluation.examination import read_examination
 from vit_cifar.evaluation.metrics import evaluate
+from vit_cifar.evaluation.records import read_record
 from vit_cifar.models import load_model
 from vit_cifar.training.data import load_split
 
@@ -68,6 +71,18 @@ def test_explain_draws_one_image_or_a_folder_of_them(images, tiny_model_folder, 
         with Image.open(path) as picture:
             assert picture.text["class"] == "cat"
     assert vit_cifar("explain", *images, *words).returncode == 2  # nothing is overwritten
+
+
+def test_examine_leaves_its_record_beside_the_weights(smoke_folder, tmp_path):
+    folder = shutil.copytree(smoke_folder, tmp_path / "model")
+    answer = vit_cifar("examine", folder, "--dataset_name", "sample", "--images", "4")
+    assert answer.returncode == 0, answer.stderr
+    found, trained = read_examination(folder), read_record(folder)
+    assert found.record["test_accuracy"] == pytest.approx(trained["test_accuracy"])
+    assert found.record["dataset"] == trained["dataset"]["name"]
+    assert found.record["images"] == {"validation": trained["dataset"]["images"]["validation"], "test": 200}
+    assert f"test accuracy {trained['test_accuracy']:.2%}" in answer.stdout
+    assert len(found.record["maps"]["methods"]["rollout"]["deletion"]) == 17
 
 
 def test_users_errors_are_one_line_and_exit_code_2(images, tiny_model_folder, tmp_path):
