@@ -29,9 +29,7 @@ ROOT = Path(__file__).parents[1]
 LOG, PAGE = ROOT / "docs" / "recipes.json", ROOT / "docs" / "recipes.md"
 NANO = ROOT / "hub_card" / "models" / "vit-cifar10-nano"
 # Whole trainings of nano that were not shipped: what was changed, and the record.
-TRIED = {
-    "TrivialAugment for 70% of the images, drop path 0.05, first filters whitened": "docs/nano/trivial_augment.json"
-}
+TRIED = {"TrivialAugment for 70% of the images, drop path 0.05, first filters whitened": "nano/trivial_augment.json"}
 BASE = ["--recipe", "speedrun", "--num_train_epochs", "2"]
 # One change each; validation decides, never the test split.
 STEPS = {
@@ -186,9 +184,9 @@ def trainings() -> str:
     """The table of nano's whole trainings as Markdown."""
     rows = ["| nano | passes | validation accuracy | test accuracy | minutes |", "|---|---|---|---|---|"]
     records = {"as shipped": read_record(NANO)}
-    records |= {name: json.loads((ROOT / path).read_text()) for name, path in TRIED.items()}
+    records |= {name: json.loads((PAGE.parent / path).read_text()) for name, path in TRIED.items()}
     for name, run in records.items():
-        name = f"[{name}]({Path(TRIED[name]).relative_to('docs')})" if name in TRIED else name
+        name = f"[{name}]({TRIED[name]})" if name in TRIED else name
         rows.append(
             f"| {name} | {run['arguments']['num_train_epochs']:g} | {run['validation_accuracy']:.2%} "
             f"| {run['test_accuracy']:.2%} | {run['wall_time_seconds'] / 60:.0f} |"
