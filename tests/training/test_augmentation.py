@@ -106,3 +106,11 @@ def test_cutmix_does_not_depend_on_the_batch():
         augmentation.cutmix(IMAGES[rows], IMAGES[augmentation.partners(rows, 3)], rows, 3) for rows in (INDEX, order)
     )
     assert torch.equal(whole[0][order], part[0]) and torch.equal(whole[1][order], part[1])
+
+
+def test_a_draw_of_exactly_0_flips_and_its_alternate_does_not():
+    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    augmentation = Augmentation(2, 0, flip="alternating")
+    for epoch, flip, expected in ((0, 0.0, images.flip(3)), (1, 1.0, images)):
+        augmentation.draws(epoch)[:, 2] = flip
+        assert torch.equal(augmentation(images, torch.arange(2), epoch), expected)

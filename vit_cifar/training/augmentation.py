@@ -70,7 +70,8 @@ class Augmentation:
         mode = "reflect" if self.shift_fill == "reflect" else "constant"
         padded = F.pad(torch.cat(sides), [self.max_shift] * 4, padding_mode=mode).unflatten(0, (len(sides), batch))
         windows = padded.unfold(3, height, 1).unfold(4, width, 1)  # (sides, B, C, shifts down, shifts right, H, W)
-        side, span = (flip * len(sides)).long(), 2 * self.max_shift + 1
+        side = ((flip >= 0.5) & (len(sides) > 1)).long()  # an alternating draw may be 1 exactly
+        span = 2 * self.max_shift + 1
         images = windows[side, torch.arange(batch, device=device), :, (down * span).long(), (right * span).long()]
 
         fill = torch.tensor(self.fill, dtype=images.dtype, device=device)[:, None, None]
