@@ -20,14 +20,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import TrainerCallback
 
 from vit_cifar import ViTCifarForImageClassification, ViTCifarModel
-from vit_cifar.evaluation.records import read_record
+from vit_cifar.evaluation.records import fill_tables, read_record
 from vit_cifar.modeling_vit_cifar import ViTCifarAttention, ViTCifarConvStem
+from vit_cifar.models import BUNDLED_MODELS, DEFAULT_MODEL
 from vit_cifar.training.augmentation import Augmentation
 from vit_cifar.training.trainer import ViTCifarTrainer
 
 ROOT = Path(__file__).parents[1]
 LOG, PAGE = ROOT / "docs" / "recipes.json", ROOT / "docs" / "recipes.md"
-NANO = ROOT / "hub_card" / "models" / "vit-cifar10-nano"
 # Whole trainings of nano that were not shipped: what was changed, and the record.
 TRIED = {"TrivialAugment for 70% of the images, drop path 0.05, first filters whitened": "nano/trivial_augment.json"}
 BASE = ["--recipe", "speedrun", "--num_train_epochs", "2"]
@@ -183,7 +183,7 @@ def steps(log: dict[str, dict]) -> str:
 def trainings() -> str:
     """The table of nano's whole trainings as Markdown."""
     rows = ["| nano | passes | validation accuracy | test accuracy | minutes |", "|---|---|---|---|---|"]
-    records = {"as shipped": read_record(NANO)}
+    records = {"as shipped": read_record(BUNDLED_MODELS / DEFAULT_MODEL)}
     records |= {name: json.loads((PAGE.parent / path).read_text()) for name, path in TRIED.items()}
     for name, run in records.items():
         name = f"[{name}]({TRIED[name]})" if name in TRIED else name
@@ -195,10 +195,7 @@ def trainings() -> str:
 
 
 def fill(page: str, log: dict[str, dict]) -> str:
-    for name, table in {"steps": steps(log), "trainings": trainings()}.items():
-        start, end = f"<!-- {name}: made by docs/recipes.py -->\n", f"<!-- end of {name} -->"
-        page = re.sub(f"{start}.*{end}", lambda _, t=f"{start}{table}\n{end}": t, page, flags=re.DOTALL)
-    return page
+    return fill_tables(page, "docs/recipes.py", {"steps": steps(log), "trainings": trainings()})
 
 
 def main(dataset_name: str | None = None, output_folder: str = "runs/steps") -> None:

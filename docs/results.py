@@ -4,13 +4,12 @@ python docs/results.py
 """
 
 import json
-import re
 import runpy
 from pathlib import Path
 
 from vit_cifar import ViTCifarConfig, ViTCifarForImageClassification
 from vit_cifar.evaluation.examination import read_examination
-from vit_cifar.evaluation.records import RECORD_NAME, read_record, results_row
+from vit_cifar.evaluation.records import RECORD_NAME, fill_tables, read_record, results_row
 from vit_cifar.models import BUNDLED_MODELS, DEFAULT_MODEL
 from vit_cifar.training.arguments import parse_arguments
 
@@ -109,11 +108,8 @@ def faithfulness() -> str:
 
 
 def fill(readme: str) -> str:
-    parts = {"results": results, "speed": speed, "finetuning": finetuning, "faithfulness": faithfulness}
-    for name, table in ((name, make()) for name, make in parts.items()):
-        start, end = f"<!-- {name}: made by docs/results.py -->\n", f"<!-- end of {name} -->"
-        readme = re.sub(f"{start}.*{end}", lambda _, t=f"{start}{table}\n{end}": t, readme, flags=re.DOTALL)
-    return readme
+    tables = {"results": results(), "speed": speed(), "finetuning": finetuning(), "faithfulness": faithfulness()}
+    return fill_tables(readme, "docs/results.py", tables)
 
 
 def main() -> None:

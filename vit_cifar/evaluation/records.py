@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import statistics
 import subprocess
@@ -178,3 +179,16 @@ def results_row(name: str, runs: list[tuple[str, dict]]) -> str:
         f"| {name} | {first['parameters']:,} | {first['arguments']['num_train_epochs']:g} | {accuracy} "
         f"| {time_and_machine(first | time)} | {first['dataset']['name']} |"
     )
+
+
+def fill_tables(page: str, script: str, tables: dict[str, str]) -> str:
+    """A Markdown page with its tables made anew.
+
+    Args:
+        script: as in the page's comments, <!-- NAME: made by SCRIPT --> and <!-- end of NAME -->.
+        tables: {name: Markdown to stand between the two comments}.
+    """
+    for name, table in tables.items():
+        start, end = f"<!-- {name}: made by {script} -->\n", f"<!-- end of {name} -->"
+        page = re.sub(f"{start}.*{end}", lambda _, text=f"{start}{table}\n{end}": text, page, flags=re.DOTALL)
+    return page

@@ -1,5 +1,6 @@
 """A model and an image -> a picture of where it looks, as a PNG that says in its metadata what it shows."""
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,9 +92,9 @@ def files_in(paths: list[Path]) -> list[Path]:
         if not inside:
             raise ImageError(f"{path}: expected image files in the folder, got none")
         files += inside
-    for stem in (stems := [file.stem for file in files]):
-        if stems.count(stem) > 1:
-            raise ImageError(f"images: expected a different name for each, got {stem!r} {stems.count(stem)} times")
+    for stem, count in Counter(file.stem for file in files).items():
+        if count > 1:
+            raise ImageError(f"images: expected a different name for each, got {stem!r} {count} times")
     return files
 
 
