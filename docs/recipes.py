@@ -55,8 +55,10 @@ STEPS = {
     "drop path 0.1": ["--config_overrides", "drop_path_rate=0.1"],
     "half of the patches dropped": ["--config_overrides", "patch_drop_rate=0.5"],
     "Muon's learning rate 0.03": ["--muon_learning_rate", "0.03"],
+    "weight decay 0.2": ["--weight_decay", "0.2"],
     "weights averaged, EMA of 0.99": [],
     "query and key start mimetic": [],
+    "filters start as the identity": [],
     "one 3×3 convolution per scale, 18 px a token": [],
     "the mean of the patches in place of the class token": [],
 }
@@ -104,6 +106,18 @@ def start_mimetic() -> None:
     after(ViTCifarForImageClassification, change)
 
 
+def start_as_identity() -> None:
+    """The first filters of each convolution pass on what comes in; the rest stay random (airbench,
+    arXiv:2404.00498, section 3.3)."""
+
+    def change(model: ViTCifarForImageClassification) -> None:
+        for stem in (module for module in model.modules() if isinstance(module, ViTCifarConvStem)):
+            for convolution in (module for module in stem if isinstance(module, nn.Conv2d)):
+                nn.init.dirac_(convolution.weight.data[: convolution.in_channels])
+
+    after(ViTCifarForImageClassification, change)
+
+
 def halve_stem() -> None:
     def change(stem: ViTCifarConvStem) -> None:
         for index in reversed(range(len(stem))):
@@ -129,6 +143,7 @@ CHANGES = {
     "mixup for half of the images": mix_up,
     "weights averaged, EMA of 0.99": average_weights,
     "query and key start mimetic": start_mimetic,
+    "filters start as the identity": start_as_identity,
     "one 3×3 convolution per scale, 18 px a token": halve_stem,
     "the mean of the patches in place of the class token": pool_patches,
 }
