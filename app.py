@@ -1,10 +1,9 @@
-"""The demo page: `python app.py` opens it on the bundled model, `--model FOLDER_OR_HUB_ID` on another one."""
+"""The demo page: `python app.py` opens it on the bundled models, `--model FOLDER_OR_HUB_ID` on another one."""
 
 import argparse
 import os
 import sys
 import warnings
-from pathlib import Path
 from typing import NoReturn
 
 
@@ -13,7 +12,7 @@ def main() -> None:
     parser.add_argument(
         "--model",
         default=os.environ.get("MODEL_ID") or None,
-        help="model folder or Hub id; left out, the environment variable MODEL_ID or the model in the checkout",
+        help="model folder or Hub id; left out, the environment variable MODEL_ID or every model in the checkout",
     )
     name = parser.parse_args().model
 
@@ -25,16 +24,17 @@ def main() -> None:
         fail('the page needs gradio: pip install "vit-cifar[demo]"')
     from transformers.utils import logging
 
-    from vit_cifar.models import DEFAULT_MODEL, ModelError, load_model
+    from vit_cifar.demo.views import load_subjects
+    from vit_cifar.models import ModelError
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", module="PIL")  # of damaged uploads: the page says what the user needs
     try:
-        model, processor = load_model(name)
+        subjects = load_subjects(name)
     except ModelError as error:
         fail(str(error))
-    build_page(model, processor, f"Where {Path(name or DEFAULT_MODEL).resolve().name} looks").launch(**LAUNCH_OPTIONS)
+    build_page(subjects).launch(**LAUNCH_OPTIONS)
 
 
 def fail(reason: str) -> NoReturn:

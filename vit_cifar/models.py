@@ -1,7 +1,10 @@
 """The one door for models from outside: a folder or a Hub id becomes a trained model, or one line that says why not."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from huggingface_hub import snapshot_download
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import AutoConfig, ViTImageProcessor
 
@@ -14,6 +17,20 @@ DEFAULT_MODEL = "vit-cifar10-nano"
 
 class ModelError(ValueError):
     """A model that cannot be loaded; the message is one line."""
+
+
+@contextmanager
+def _one_line(name: str) -> Iterator[None]:
+    """Whatever goes wrong inside becomes a ModelError of one line."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except HFValidationError as error:
+        raise ModelError(f"model: expected a model folder or a Hub id, got {name!r}: no such folder") from error
+    except Exception as error:  # a damaged file or a fault of the network can be of any type in the libraries below
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ModelError(f"model: expected a model folder or a Hub id, got {name!r}: {reason}") from error
 
 
 def load_model(
@@ -33,7 +50,7 @@ def load_model(
         name = str(BUNDLED_MODELS / DEFAULT_MODEL)
         if not Path(name).is_dir():
             raise ModelError("model: expected a folder or a Hub id, got none, and this installation carries no model")
-    try:
+    with _one_line(name):
         if not Path(name).is_dir():
             validate_repo_id(name)
         # The package's own classes only: nobody is asked whether to run a stranger's code.
@@ -45,14 +62,19 @@ def load_model(
             name, revision=revision, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=True
         )
         processor = ViTImageProcessor.from_pretrained(name, revision=revision)
-    except ModelError:
-        raise
-    except HFValidationError as error:
-        raise ModelError(f"model: expected a model folder or a Hub id, got {name!r}: no such folder") from error
-    except Exception as error:  # a damaged file or a fault of the network can be of any type in the libraries below
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ModelError(f"model: expected a model folder or a Hub id, got {name!r}: {reason}") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if found := info.get(problem):
             raise ModelError(f"model: expected all weights of {name}, got {problem.replace('_', ' ')}: {sorted(found)}")
     return model.eval(), processor
+
+
+def local_folder(name: str) -> Path:
+    """A model folder as it is; a Hub id as the folder of everything in its repository but code.
+
+    Raises:
+        ModelError: there is no such model.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    with _one_line(name):
+        return Path(snapshot_download(name, ignore_patterns=["*.py"]))

@@ -16,7 +16,7 @@ from vit_cifar.evaluation.examination import (
     write_examination,
 )
 from vit_cifar.evaluation.metrics import evaluate
-from vit_cifar.explain.perturbation import METHODS, deletion_insertion
+from vit_cifar.explain.perturbation import METHODS, deletion_insertion, look
 from vit_cifar.models import BUNDLED_MODELS, DEFAULT_MODEL, load_model
 from vit_cifar.training.data import load_split, normalize
 
@@ -52,7 +52,7 @@ def test_a_methods_score_is_the_mean_over_the_drawn_images(found):
     assert list(methods) == list(METHODS)
     for name, numbers in methods.items():
         scores = [  # image by image
-            deletion_insertion(model, image, label, METHODS[name](model, image, label).values).score.item()
+            deletion_insertion(model, image, label, METHODS[name](look(model, image, label)).values).score.item()
             for image, label in zip(pixel_values.split(1), classes.split(1), strict=True)
             if name != "random"  # which depends on the place in the batch
         ]

@@ -6,9 +6,9 @@ from vit_cifar.explain.perturbation import (
     METHODS,
     STEPS,
     AttentionMap,
-    attentions_and_gradients,
     bootstrap_interval,
     deletion_insertion,
+    look,
     randomized,
     rank_correlation,
 )
@@ -30,28 +30,28 @@ def pixel_values(model) -> torch.Tensor:
 def test_gradients_are_those_of_the_chosen_class(model, pixel_values):
     """Half of each image's maps, moved a little along the gradient, move the logit as the gradient says."""
     classes = torch.tensor([0, 1, 2, 3, 4, 5])
-    logits, attentions, gradients = attentions_and_gradients(model, pixel_values, classes)
-    torch.testing.assert_close(logits, model(pixel_values).logits, atol=1e-5, rtol=1e-5)
+    seen = look(model, pixel_values, classes)
+    torch.testing.assert_close(seen.logits, model(pixel_values).logits, atol=1e-5, rtol=1e-5)
     output = model(pixel_values.requires_grad_(), output_attentions=True)
     pixel_values.requires_grad_(False)
     for image in range(6):  # one image and one logit at a time
         expected = torch.autograd.grad(output.logits[image, classes[image]], output.attentions, retain_graph=True)
-        for layer, gradient in enumerate(gradients):
+        for layer, gradient in enumerate(seen.gradients):
             torch.testing.assert_close(gradient[image], expected[layer][image], atol=1e-5, rtol=1e-4)
-            torch.testing.assert_close(attentions[layer], output.attentions[layer])
+            torch.testing.assert_close(seen.attentions[layer], output.attentions[layer])
 
 
 def test_frozen_weights_change_nothing(pixel_values):
     model = load_model()[0]
     classes = torch.zeros(6, dtype=torch.long)
-    expected = METHODS["gradient rollout"](model, pixel_values, classes)
-    frozen = METHODS["gradient rollout"](model.requires_grad_(False), pixel_values, classes)
+    expected = METHODS["gradient rollout"](look(model, pixel_values, classes))
+    frozen = METHODS["gradient rollout"](look(model.requires_grad_(False), pixel_values, classes))
     torch.testing.assert_close(frozen.values, expected.values)
 
 
 def test_occlusion_equals_painting_patch_by_patch(model, pixel_values):
     classes = torch.tensor([3, 8, 8, 0, 6, 1])
-    found = METHODS["occlusion"](model, pixel_values, classes)
+    found = METHODS["occlusion"](look(model, pixel_values, classes))
     assert found.values.shape == (6, 8, 8) and found.to_itself is None
     whole = model(pixel_values).logits.softmax(-1)
     for row in range(8):
@@ -64,13 +64,13 @@ def test_occlusion_equals_painting_patch_by_patch(model, pixel_values):
 
 @pytest.mark.parametrize("name", ["gradient rollout", "occlusion"])
 def test_maps_for_a_class_change_with_the_class(model, pixel_values, name):
-    one, other = (METHODS[name](model, pixel_values, torch.full((6,), c)).values for c in (3, 8))
+    one, other = (METHODS[name](look(model, pixel_values, torch.full((6,), c))).values for c in (3, 8))
     assert rank_correlation(one, other).max() < 0.99
 
 
 @pytest.mark.parametrize("name", ["attention", "rollout", "random"])
 def test_the_other_maps_do_not(model, pixel_values, name):
-    one, other = (METHODS[name](model, pixel_values, torch.full((6,), c)).values for c in (3, 8))
+    one, other = (METHODS[name](look(model, pixel_values, torch.full((6,), c))).values for c in (3, 8))
     assert torch.equal(one, other)
 
 
@@ -78,9 +78,9 @@ def test_the_other_maps_do_not(model, pixel_values, name):
 def test_an_image_has_the_same_map_in_any_batch_and_in_a_grid_that_is_not_square(model, pixel_values, name):
     wide = pixel_values.repeat(1, 1, 1, 2)[..., :48]
     classes = torch.arange(6)
-    found = METHODS[name](model, wide, classes)
+    found = METHODS[name](look(model, wide, classes))
     assert found.values.shape == (6, 8, 12)
-    alone = METHODS[name](model, wide[:1], classes[:1])
+    alone = METHODS[name](look(model, wide[:1], classes[:1]))
     torch.testing.assert_close(alone.values[0], found.values[0], atol=1e-5, rtol=1e-3)
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 import shlex
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from ..explain.perturbation import (
     METHODS,
     bootstrap_interval,
     deletion_insertion,
+    look,
     randomized,
     rank_correlation,
 )
@@ -125,28 +125,25 @@ def examine_folder(folder: Path, dataset_name: str | None, images: int) -> Exami
 
 def examine_maps(model: ViTCifarForImageClassification, processor: ViTImageProcessor, dataset: ImageDataset) -> dict:
     """How faithful each method's maps are, for the class that the model answers: {method: its numbers}."""
-    scores, curves, correlations = {}, {}, {}
+    curves, correlations = ({name: [] for name in METHODS} for _ in range(2))
     fresh = randomized(model)
-    for name, make in METHODS.items():
-        found, similar = [], []
-        for pixel_values in _batches(model, processor, dataset):
-            with torch.no_grad():
-                classes = model(pixel_values).logits.argmax(-1)
-            values = make(model, pixel_values, classes).values
-            found.append(deletion_insertion(model, pixel_values, classes, values))
-            similar.append(rank_correlation(values, make(fresh, pixel_values, classes).values))
-        scores[name] = torch.cat([part.score for part in found]).cpu()
-        curves[name] = {
-            kind: torch.cat([getattr(part, kind) for part in found]).mean(dim=0).tolist()
-            for kind in ("deletion", "insertion")
-        }
-        correlations[name] = torch.cat(similar).cpu()
+    for images in dataset.images.split(100):
+        pixel_values = normalize(images, processor.image_mean, processor.image_std).to(model.device, model.dtype)
+        seen = look(model, pixel_values)
+        unlearned = look(fresh, pixel_values, seen.classes)
+        for name, make in METHODS.items():
+            values = make(seen).values
+            curves[name].append(deletion_insertion(model, pixel_values, seen.classes, values))
+            correlations[name].append(rank_correlation(values, make(unlearned).values))
+    scores = {name: torch.cat([part.score for part in parts]).cpu() for name, parts in curves.items()}
     result = {}
     for name, score in scores.items():
-        result[name] = {"score": score.mean().item(), "score_interval": bootstrap_interval(score), **curves[name]}
+        result[name] = {"score": score.mean().item(), "score_interval": bootstrap_interval(score)}
+        for kind in ("deletion", "insertion"):
+            result[name][kind] = torch.cat([getattr(part, kind) for part in curves[name]]).mean(dim=0).tolist()
         if name == "random":
             continue
-        correlation = correlations[name].nanmean().item()
+        correlation = torch.cat(correlations[name]).nanmean().item()
         result[name] |= {
             "above_random": (score - scores["random"]).mean().item(),
             "above_random_interval": bootstrap_interval(score - scores["random"]),
@@ -154,13 +151,6 @@ def examine_maps(model: ViTCifarForImageClassification, processor: ViTImageProce
             "passes_random_weights": abs(correlation) < HIGHEST_CORRELATION,
         }
     return {"images": len(dataset), "interval": "95%, bootstrap", "methods": result}
-
-
-def _batches(
-    model: ViTCifarForImageClassification, processor: ViTImageProcessor, dataset: ImageDataset, batch_size: int = 100
-) -> Iterator[torch.Tensor]:
-    for images in dataset.images.split(batch_size):
-        yield normalize(images, processor.image_mean, processor.image_std).to(model.device, model.dtype)
 
 
 def answers(probabilities: torch.Tensor, test_set: ImageDataset) -> datasets.Dataset:

@@ -16,22 +16,59 @@ MEAN_COLOUR = 0.0  # what stands for a patch that is taken away: of normalised p
 STEPS = 16
 
 
-def attentions_and_gradients(
-    model: ViTCifarForImageClassification, pixel_values: torch.Tensor, classes: torch.Tensor
-) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-    """One forward and one backward pass.
+@dataclass(frozen=True, eq=False)
+class Look:
+    """One forward and one backward pass of a batch: what every map is made of.
+
+    Attributes:
+        model, pixel_values: what looked at what, (B, C, H, W), normalised.
+        classes: (B,), of which class in each image the gradients are.
+        logits: (B, classes).
+        attentions: each layer's map, (B, A, N, N).
+        gradients: of the class's logit, one for each of `attentions`.
+    """
+
+    model: ViTCifarForImageClassification
+    pixel_values: torch.Tensor
+    classes: torch.Tensor
+    logits: torch.Tensor
+    attentions: tuple[torch.Tensor, ...]
+    gradients: tuple[torch.Tensor, ...]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w) of the patches."""
+        height, width = (length // self.model.config.patch_size for length in self.pixel_values.shape[-2:])
+        return height, width
+
+
+def look(
+    model: ViTCifarForImageClassification, pixel_values: torch.Tensor, classes: torch.Tensor | None = None
+) -> Look:
+    """Both passes.
 
     Args:
-        pixel_values: (B, C, H, W), normalised. classes: (B,), of which class in each image.
-
-    Returns: logits (B, classes); each layer's map (B, A, N, N); the gradient of the class's logit for each map.
+        pixel_values: (B, C, H, W), normalised.
+        classes: (B,), of which class in each image; None for the model's answers.
     """
     with torch.enable_grad():
         # Gradients flow from the pixels on, so that frozen weights change nothing.
         output = model(pixel_values.detach().clone().requires_grad_(), output_attentions=True)
+        classes = output.logits.argmax(-1) if classes is None else classes
         chosen = output.logits.gather(1, classes[:, None]).sum()
     gradients = torch.autograd.grad(chosen, output.attentions)
-    return output.logits.detach(), tuple(attention.detach() for attention in output.attentions), gradients
+    attentions = tuple(attention.detach() for attention in output.attentions)
+    return Look(model, pixel_values, classes, output.logits.detach(), attentions, gradients)
+
+
+def hide_patches(pixel_values: torch.Tensor, gone: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """pixel_values (B, C, H, W), normalised, with the mean colour where `gone` (B, h, w), booleans, is true."""
+    return pixel_values.masked_fill(_on_pixels(gone, patch_size), MEAN_COLOUR)
+
+
+def _on_pixels(patches: torch.Tensor, size: int) -> torch.Tensor:
+    """(B, h, w) -> (B, 1, H, W): each pixel gets what its patch has."""
+    return patches[:, None].repeat_interleave(size, 2).repeat_interleave(size, 3)
 
 
 @torch.no_grad()
@@ -45,7 +82,8 @@ def occlusion(model: ViTCifarForImageClassification, pixel_values: torch.Tensor,
     from captum.attr import FeatureAblation  # of the extra `demo`
 
     size = model.config.patch_size
-    patches = _patch_numbers(pixel_values, size)
+    height, width = (length // size for length in pixel_values.shape[-2:])
+    patches = _on_pixels(torch.arange(height * width, device=pixel_values.device).view(1, height, width), size)
     ablation = FeatureAblation(lambda pixels: model(pixels).logits.softmax(-1))
     falls = ablation.attribute(
         pixel_values, MEAN_COLOUR, target=classes, feature_mask=patches, perturbations_per_eval=STEPS
@@ -53,36 +91,18 @@ def occlusion(model: ViTCifarForImageClassification, pixel_values: torch.Tensor,
     return AttentionMap(falls[:, 0, ::size, ::size])  # every pixel of a patch holds the patch's number
 
 
-def random_map(
-    model: ViTCifarForImageClassification, pixel_values: torch.Tensor, classes: torch.Tensor
-) -> AttentionMap:
+def random_map(seen: Look) -> AttentionMap:
     """What a method must beat: (B, h, w), uniform in 0..1, the same for the same place in a batch."""
-    size = model.config.patch_size
-    grid = (len(pixel_values), *(length // size for length in pixel_values.shape[-2:]))
-    return AttentionMap(torch.rand(grid, generator=torch.Generator().manual_seed(0)).to(pixel_values.device))
+    values = torch.rand(len(seen.pixel_values), *seen.grid, generator=torch.Generator().manual_seed(0))
+    return AttentionMap(values.to(seen.pixel_values.device))
 
 
-def _of_attention(make: Callable[..., AttentionMap], gradients: bool = False) -> Callable[..., AttentionMap]:
-    def method(
-        model: ViTCifarForImageClassification, pixel_values: torch.Tensor, classes: torch.Tensor, **options: object
-    ) -> AttentionMap:
-        grid = tuple(length // model.config.patch_size for length in pixel_values.shape[-2:])
-        if gradients:
-            _, *both = attentions_and_gradients(model, pixel_values, classes)
-            return make(*both, grid=grid, **options)
-        with torch.no_grad():
-            return make(model(pixel_values, output_attentions=True).attentions, grid=grid, **options)
-
-    return method
-
-
-# Name: (model, pixel_values, classes) -> map. The first three look at attention, and take the options of the function
-# in attention.py as well; occlusion looks at the answer.
+# Name: look -> map. `attention` takes the layer and head of `cls_map` as well. Occlusion alone asks the model again.
 METHODS: dict[str, Callable[..., AttentionMap]] = {
-    "attention": _of_attention(cls_map),
-    "rollout": _of_attention(rollout),
-    "gradient rollout": _of_attention(gradient_rollout, gradients=True),
-    "occlusion": occlusion,
+    "attention": lambda seen, **options: cls_map(seen.attentions, grid=seen.grid, **options),
+    "rollout": lambda seen: rollout(seen.attentions, grid=seen.grid),
+    "gradient rollout": lambda seen: gradient_rollout(seen.attentions, seen.gradients, grid=seen.grid),
+    "occlusion": lambda seen: occlusion(seen.model, seen.pixel_values, seen.classes),
     "random": random_map,
 }
 
@@ -115,15 +135,13 @@ def deletion_insertion(
     Args:
         pixel_values: (B, C, H, W), normalised. classes: (B,). values: (B, h, w), a map of each image.
     """
-    patches = _patch_numbers(pixel_values, model.config.patch_size)
-    rank = values.flatten(1).argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # (B, h * w): 0 is the largest
-    rank = rank[:, patches.flatten()].view(-1, 1, *patches.shape[-2:])  # (B, 1, H, W)
-    count = values[0].numel()
+    order = values.flatten(1).argsort(dim=1, descending=True, stable=True)
+    rank, count = order.argsort(dim=1).view_as(values), values[0].numel()  # 0 is the largest
     deletion, insertion = [], []
     for step in range(STEPS + 1):
         taken = rank < round(count * step / STEPS)
         for curve, gone in ((deletion, taken), (insertion, ~taken)):
-            logits = model(pixel_values.masked_fill(gone, MEAN_COLOUR)).logits
+            logits = model(hide_patches(pixel_values, gone, model.config.patch_size)).logits
             curve.append(logits.softmax(-1).gather(1, classes[:, None])[:, 0])
     return Curves(torch.stack(deletion, dim=1), torch.stack(insertion, dim=1))
 
@@ -146,10 +164,3 @@ def randomized(model: ViTCifarForImageClassification) -> ViTCifarForImageClassif
 def rank_correlation(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Spearman's, of two maps (B, h, w) of each image: (B,), in -1..1."""
     return spearman_corrcoef(a.flatten(1).T.float(), b.flatten(1).T.float())
-
-
-def _patch_numbers(pixel_values: torch.Tensor, size: int) -> torch.Tensor:
-    """(1, 1, H, W): which patch a pixel belongs to, counted row by row."""
-    height, width = pixel_values.shape[-2:]
-    rows, columns = (torch.arange(length, device=pixel_values.device) // size for length in (height, width))
-    return (rows[:, None] * (width // size) + columns)[None, None]

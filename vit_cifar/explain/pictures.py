@@ -14,7 +14,7 @@ from ..modeling_vit_cifar import ViTCifarForImageClassification
 from ..models import DEFAULT_MODEL
 from .attention import AttentionMap
 from .overlay import denormalize, figure_with_colourbar
-from .perturbation import METHODS
+from .perturbation import METHODS, Look, look
 
 UNITS = {
     "attention": "attention of the class token, share of 1",
@@ -63,13 +63,16 @@ class Explanation:
         shown = [f"{name} {value}" for name, value in (self.description | self.numbers()).items()]
         return f"{self.answer} {self.confidence:.1%}; {', '.join(shown)}"
 
+    def said(self) -> dict[str, str]:
+        """The text chunks of a PNG of this map."""
+        return {"answer": f"{self.answer} {self.confidence:.1%}"} | self.description | self.numbers()
+
     def save(self, path: Path) -> None:
-        """A PNG with a colourbar; `description` and `numbers` are its text chunks."""
+        """A PNG with a colourbar, which carries `said`."""
         method, *rest = [word for name, word in self.description.items() if name != "model"]
         title = ", ".join([method, *rest]) if method != "attention" else "attention, layer {}, head {}".format(*rest)
         figure = figure_with_colourbar(self.found.values[0].cpu(), self.image, title, UNITS[method])
-        said = {"answer": f"{self.answer} {self.confidence:.1%}"} | self.description | self.numbers()
-        figure.savefig(path, format="png", dpi=128, metadata=said)
+        figure.savefig(path, format="png", dpi=128, metadata=self.said())
 
 
 def name_of(model: str | None) -> str:
@@ -141,17 +144,21 @@ def explain_image(
 ) -> Explanation:
     """One RGB image's map; see `map_options` for what the arguments may be."""
     pixel_values = processor(image, return_tensors="pt").pixel_values.to(model.device, model.dtype)
-    with torch.no_grad():
-        probabilities = model(pixel_values).logits[0].float().softmax(-1)
-    names, answer = model.config.id2label, int(probabilities.argmax())
-    chosen = answer if class_name is None else model.config.label2id[class_name]
-    options = {}
-    description = {"model": model_name, "method": method}
+    classes = None if class_name is None else torch.tensor([model.config.label2id[class_name]], device=model.device)
+    return explain(look(model, pixel_values, classes), processor, model_name, method, layer, head)
+
+
+def explain(
+    seen: Look, processor: ViTImageProcessor, model_name: str, method: str, layer: int, head: str
+) -> Explanation:
+    """One map of the one image that was looked at."""
+    options, description = {}, {"model": model_name, "method": method}
+    names, probabilities = seen.model.config.id2label, seen.logits[0].float().softmax(-1)
     if method == "attention":
         options = {"layer": layer - 1, "head": int(head) - 1 if head.isdigit() else head}
         description |= {"layer": str(layer), "head": head}
     elif method in ("gradient rollout", "occlusion"):
-        description["class"] = names[chosen]
-    found = METHODS[method](model, pixel_values, torch.tensor([chosen], device=model.device), **options)
-    seen = denormalize(pixel_values.float().cpu(), processor.image_mean, processor.image_std)[0]
-    return Explanation(names[answer], probabilities[answer].item(), seen, found, description)
+        description["class"] = names[seen.classes.item()]
+    image = denormalize(seen.pixel_values.float().cpu(), processor.image_mean, processor.image_std)[0]
+    confidence, answer = probabilities.max(dim=0)
+    return Explanation(names[answer.item()], confidence.item(), image, METHODS[method](seen, **options), description)

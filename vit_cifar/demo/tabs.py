@@ -1,0 +1,266 @@
+"""The page's tabs, one function each: what it holds, and how it follows the picture."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import gradio as gr
+import matplotlib
+import torch
+from gradio.components import Component
+from gradio.events import Dependency
+
+from ..explain.perturbation import METHODS, Look
+from ..explain.pictures import ExplanationError, map_options
+from . import views
+from .views import Subject
+
+SQUARE = {"elem_classes": "square", "format": "png", "interactive": False, "buttons": ["download"]}
+ITS_ANSWER = "its answer"
+QUICK = [name for name in METHODS if name != "occlusion"]  # occlusion asks the model once for each patch
+
+
+@dataclass(frozen=True)
+class Tab:
+    """How a tab follows the picture.
+
+    Attributes:
+        outputs: what a new picture changes.
+        draw: (look at the picture, values of `inputs`) -> the values of `outputs`.
+        inputs: choices of the visitor that outlast a picture.
+        follow: given the event of a new picture, adds what takes longer.
+    """
+
+    outputs: list[Component]
+    draw: Callable[..., list]
+    inputs: list[Component] = field(default_factory=list)
+    follow: Callable[[Dependency], None] = lambda event: None
+
+
+def methods(subject: Subject, state: gr.State) -> Tab:
+    """Each method's map, side by side, for a class to choose."""
+    config = subject.model.config
+    layers = list(range(1, config.num_hidden_layers + 1))
+    heads = ["mean", "max", *map(str, range(1, config.num_attention_heads + 1))]
+
+    def draw(seen: Look, layer: int, head: str) -> list:
+        """The quick methods' pictures and captions, in the order of `quick` below."""
+        try:
+            options = map_options(config, "attention", layer, head)
+        except ExplanationError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+        found = views.explanations(subject, seen, QUICK, options["layer"], options["head"])
+        drawn = [views.overlays(found["attention"])["classic"], ""]
+        for explanation in found.values():
+            drawn += [views.overlays(explanation)["colour"], views.caption(explanation)]
+        return drawn
+
+    def redraw(pixel_values: torch.Tensor | None, target: str, layer: int, head: str) -> list:
+        """The quick methods' pictures and captions of the picture that is shown, for another class, layer or head."""
+        return [None, ""] * (len(quick) // 2) if pixel_values is None else draw(look(pixel_values, target), layer, head)
+
+    def occlude(pixel_values: torch.Tensor | None, target: str) -> list:
+        """Occlusion's picture and caption."""
+        if pixel_values is None:
+            return [None, ""]
+        found = views.explanations(subject, look(pixel_values, target), ["occlusion"])["occlusion"]
+        return [views.overlays(found)["colour"], views.caption(found)]
+
+    def look(pixel_values: torch.Tensor, target: str) -> Look:
+        if target not in choices:
+            raise gr.Error(f"class: expected one of {', '.join(choices)}, got {target!r}", print_exception=False)
+        return subject.look(pixel_values, None if target == ITS_ANSWER else target)
+
+    choices = [ITS_ANSWER, *subject.classes]
+    with gr.Tab("Where it looks"), gr.Row(elem_id="maps"):
+        with gr.Column():
+            target = gr.Dropdown(
+                choices, value=ITS_ANSWER, label="Class to explain", info="for gradient rollout and occlusion"
+            )
+            layer = gr.Radio(layers, value=layers[-1], label="Layer", info="for attention")
+            head = gr.Radio(heads, value="mean", label="Head", info="for attention")
+            colours = ", ".join(matplotlib.colors.to_hex(matplotlib.colormaps["viridis"](i / 8)) for i in range(9))
+            gr.HTML(f'<p class="scale">least <i style="background: linear-gradient(90deg, {colours})"></i> most</p>')
+            gr.Markdown(
+                "Each map has a colour scale of its own: mind the numbers below it.\n\n"
+                f"{views.score_words(subject)}\n\n"
+                "A map shows what the answer was made from. It is not a reason."
+            )
+        with gr.Row(elem_id="methods"):
+            quick, slow = [], []
+            values = iter(redraw(state.value, ITS_ANSWER, layers[-1], "mean"))
+            quick += _figure("attention, classic", "Your picture, dark where the model attends little", values)
+            for name in METHODS:
+                own = iter(occlude(state.value, ITS_ANSWER)) if name == "occlusion" else values
+                score = f"{name}, {subject.score(name)}"
+                figure = _figure(score, f"Your picture under a colour map of {name}", own)
+                (slow if name == "occlusion" else quick).extend(figure)
+
+    options = {"show_progress": "minimal", "trigger_mode": "always_last"}
+    gr.on(
+        [layer.input, head.input],
+        redraw,
+        [state, target, layer, head],
+        quick,
+        api_name="redraw",
+        concurrency_id="picture",
+        **options,
+    )
+
+    def follow(event: Dependency) -> None:
+        event.success(occlude, [state, target], slow, api_visibility="private", concurrency_id="occlusion", **options)
+
+    chosen = target.input(
+        redraw,
+        [state, target, layer, head],
+        quick,
+        api_visibility="private",
+        concurrency_id="picture",
+        **options,
+    )
+    chosen.success(occlude, [state, target], slow, api_name="occlusion", concurrency_id="occlusion", **options)
+    return Tab(
+        outputs=[target, *slow, *quick],
+        draw=lambda seen, layer, head: [ITS_ANSWER, None, "", *draw(seen, layer, head)],
+        inputs=[layer, head],
+        follow=follow,
+    )
+
+
+def _figure(label: str, alt_text: str, values: Iterator) -> list[Component]:
+    with gr.Column(elem_classes="figure"):
+        return [gr.Image(next(values), label=label, alt_text=alt_text, **SQUARE), gr.Markdown(next(values))]
+
+
+def layers_and_heads(subject: Subject, state: gr.State) -> Tab:
+    """Every head of every layer in one strip."""
+    with gr.Tab("Layers and heads"):
+        gr.Markdown(
+            "A row for each layer, from the first down; what the class token attends to, each in its own scale."
+        )
+        strip = gr.Image(
+            views.strip(subject, subject.look(state.value)),
+            label="attention",
+            alt_text="Your picture under the attention of every head of every layer",
+            elem_id="strip",
+            format="png",
+            interactive=False,
+            buttons=["download"],
+        )
+    return Tab([strip], lambda seen: [views.strip(subject, seen)])
+
+
+def hide_patches(subject: Subject, state: gr.State) -> Tab:
+    """Patches to hide by click or by keyboard."""
+    rows, columns = subject.grid
+
+    def hide(pixel_values: torch.Tensor | None, patches: list[int]) -> tuple:
+        """Probabilities, the picture and a sentence, while these patches, counted row by row from 0, are hidden."""
+        if pixel_values is None:
+            return None, None, ""
+        return views.hidden(subject, pixel_values, patches)
+
+    def hide_next(pixel_values: torch.Tensor | None, patches: list[int]) -> tuple:
+        """The same after one more patch: of those still shown, the one that gradient rollout puts first."""
+        if pixel_values is None or len(patches) == rows * columns:
+            return patches, *hide(pixel_values, patches)
+        patches = sorted([*patches, views.most_important(subject, pixel_values, patches)])
+        return patches, *hide(pixel_values, patches)
+
+    def start(pixel_values: torch.Tensor | None) -> tuple:
+        return [], *hide(pixel_values, [])
+
+    with gr.Tab("Hide patches"), gr.Row(elem_id="hide"):
+        names = [
+            (f"row {row + 1}, column {column + 1}", row * columns + column)
+            for row in range(rows)
+            for column in range(columns)
+        ]
+        _, chances, picture, words = start(state.value)
+        # The boxes lie over the picture, one on each patch.
+        with gr.Column(elem_id="board"):
+            gr.HTML(f"<style>#board {{ --columns: {columns} }}</style>")
+            board = gr.Image(
+                picture, label="Click the patches to hide", alt_text="Your picture without the patches", **SQUARE
+            )
+            cells = gr.CheckboxGroup(
+                names, value=[], label="Hidden patches", container=False, show_label=False, elem_id="cells"
+            )
+        with gr.Column():
+            said = gr.Markdown(words)
+            one_more = gr.Button("Hide the patch it looks at most", size="sm")
+            none = gr.Button("Show all", size="sm")
+            answer = gr.Label(chances, label="What it says now", num_top_classes=5)
+
+    shown = [answer, board, said]
+    options = {"show_progress": "hidden", "trigger_mode": "always_last", "concurrency_id": "picture"}
+    cells.input(hide, [state, cells], shown, api_name="hide", **options)
+    one_more.click(
+        hide_next, [state, cells], [cells, *shown], api_visibility="private", **options | {"trigger_mode": "multiple"}
+    )
+    none.click(start, state, [cells, *shown], api_visibility="private", **options)
+    return Tab([cells, *shown], lambda seen: list(start(seen.pixel_values)))
+
+
+def mistakes(subject: Subject) -> None:
+    """What the model gets wrong on the test split, and how far its probabilities can be believed."""
+    with gr.Tab("Mistakes"):
+        examination = subject.examination
+        if examination is None:
+            gr.Markdown(
+                f"{subject.name} has not been examined: `vit-cifar examine FOLDER` does it and needs the dataset."
+            )
+            return
+        record = examination.record
+        classes = record["classes"]
+
+        def show(label: str, answer: str) -> tuple[list, str]:
+            """The test images of a class that got an answer, each beside its map, and a sentence."""
+            for name in (label, answer):
+                if name not in classes:
+                    raise gr.Error(f"class: expected one of {', '.join(classes)}, got {name!r}", print_exception=False)
+            return views.mistakes(subject, label, answer)
+
+        def show_cell(event: gr.EventData) -> tuple:
+            return event.label, event.answer, *show(event.label, event.answer)
+
+        label, answer = views.commonest_mistake(examination)
+        pictures, words = show(label, answer)
+        gr.Markdown(
+            f"{record['test_accuracy']:.2%} of {record['images']['test']:,} test images are right. "
+            "A row for each class, a column for each answer: **click a number to see its images.**"
+        )
+        table = gr.HTML(
+            views.confusion_table(examination),
+            js_on_load="""element.addEventListener("click", (event) => {
+                const cell = event.target.closest("button");
+                if (cell) trigger("click", {label: cell.dataset.label, answer: cell.dataset.answer});
+            });""",
+            apply_default_css=False,
+        )
+        with gr.Row():
+            label = gr.Dropdown(classes, value=label, label="Images of", min_width=120)
+            answer = gr.Dropdown(classes, value=answer, label="Answered", min_width=120)
+        said = gr.Markdown(words)
+        gallery = gr.Gallery(
+            pictures,
+            label="As the model sees them, and what the answer came from (gradient rollout)",
+            columns={"sm": 2, "md": 3},
+            object_fit="contain",
+            height=None,
+            format="png",
+            interactive=False,
+            elem_id="mistakes",
+        )
+        gr.Markdown("## How far to believe its probabilities\n" + views.calibration_words(examination))
+        gr.Image(
+            views.reliability_picture(examination),
+            label="Reliability",
+            alt_text="Share of right answers against the probability that the model gives them",
+            format="png",
+            interactive=False,
+            buttons=["download"],
+            elem_id="reliability",
+        )
+        options = {"show_progress": "minimal", "trigger_mode": "always_last", "concurrency_id": "picture"}
+        table.click(show_cell, None, [label, answer, gallery, said], api_visibility="private", **options)
+        gr.on([label.input, answer.input], show, [label, answer], [gallery, said], api_name="mistakes", **options)

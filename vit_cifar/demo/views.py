@@ -1,0 +1,313 @@
+"""What the page shows, computed without gradio. Letters in shapes as in the model file."""
+
+import io
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+from torch.nn.functional import interpolate
+from torchvision.transforms.v2 import functional as F
+from transformers import ViTImageProcessor
+
+from ..evaluation.examination import Examination, read_examination
+from ..evaluation.records import RecordError
+from ..explain.attention import cls_map
+from ..explain.overlay import classic_overlay, colour_overlay, denormalize
+from ..explain.perturbation import METHODS, Look, hide_patches, look
+from ..explain.pictures import Explanation, explain, name_of
+from ..images import ImageError, open_image
+from ..modeling_vit_cifar import ViTCifarForImageClassification
+from ..models import BUNDLED_MODELS, DEFAULT_MODEL, load_model, local_folder
+
+PICTURE_SIZE = 256  # pixels; the model's own 32 are far too few for a screen
+UNSURE = 0.6  # below this probability the page doubts the answer aloud
+SHOWN_MISTAKES = 12
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """One model of the page.
+
+    Attributes:
+        name: what pictures and headings call it.
+        examination: of its weights; None if it has not been examined.
+    """
+
+    name: str
+    model: ViTCifarForImageClassification
+    processor: ViTImageProcessor
+    examination: Examination | None = None
+
+    @property
+    def classes(self) -> list[str]:
+        return [self.model.config.id2label[index] for index in range(self.model.config.num_labels)]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w) of the patches."""
+        return (self.model.config.image_size // self.model.config.patch_size,) * 2
+
+    def pixels(self, image: Image.Image) -> torch.Tensor:
+        """An RGB image of any size -> (1, 3, H, W), normalised."""
+        pixel_values = self.processor(image, return_tensors="pt").pixel_values
+        return pixel_values.to(self.model.device, self.model.dtype)
+
+    def seen(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Normalised (B, 3, H, W) -> 0..1."""
+        return denormalize(pixel_values.float().cpu(), self.processor.image_mean, self.processor.image_std)
+
+    def look(self, pixel_values: torch.Tensor, class_name: str | None = None) -> Look:
+        """Both passes for one image, towards one class; None for the model's answer."""
+        chosen = None if class_name is None else torch.tensor([self.classes.index(class_name)])
+        return look(self.model, pixel_values, chosen if chosen is None else chosen.to(pixel_values.device))
+
+    def score(self, method: str) -> str:
+        """How far this model's examination found that the method can be trusted."""
+        if self.examination is None:
+            return "not examined"
+        found = self.examination.record["maps"]["methods"][method]
+        return f"{found['score']:.2f}" + (
+            "" if found.get("passes_random_weights", True) else ", fails on random weights"
+        )
+
+
+def load_subjects(name: str | None) -> list[Subject]:
+    """The model of this name; without one, every model of the checkout, the default first.
+
+    Raises:
+        ModelError: there is no such model.
+    """
+    if name is None:
+        folders = sorted(BUNDLED_MODELS.glob("*/"), key=lambda folder: (folder.name != DEFAULT_MODEL, folder.name))
+    else:
+        folders = [local_folder(name)]
+    subjects = []
+    for folder in folders or [None]:
+        model, processor = load_model(folder and str(folder))
+        try:
+            examination = read_examination(folder)
+        except RecordError as error:  # the page is of use without it
+            print(error, file=sys.stderr)
+            examination = None
+        subjects.append(Subject(name_of(name or str(folder)), model, processor, examination))
+    return subjects
+
+
+def open_upload(upload: dict | None, folder: str) -> Image.Image:
+    """The uploaded file as RGB; `upload` is what the browser sends: {"path": ..., ...}.
+
+    Raises:
+        ImageError: it is no readable image, or no file that gradio put into `folder`.
+    """
+    path = Path((upload or {}).get("path") or "")
+    if not path.resolve().is_relative_to(Path(folder).resolve()) or not path.is_file():
+        raise ImageError("the upload: expected a file, got none")
+    with path.open("rb") as file:
+        return open_image(file)
+
+
+def to_picture(image: torch.Tensor, said: dict[str, str] | None = None) -> Image.Image:
+    """(3, H, W), 0..1 -> an image in which every pixel of the model is a visible square; a PNG of it carries `said`."""
+    picture = F.to_pil_image((image * 255).round().byte())
+    picture = picture.resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.NEAREST)
+    picture.info = said or {}
+    return picture
+
+
+def probabilities(subject: Subject, logits: torch.Tensor) -> dict[str, float]:
+    """(classes,) logits -> class name -> probability."""
+    return dict(zip(subject.classes, logits.float().softmax(-1).tolist(), strict=True))
+
+
+def caution(chances: dict[str, float]) -> str:
+    """The plain word beside an answer, as Markdown."""
+    always = f"It cannot say “none of these”: any picture is forced into one of its {len(chances)} classes."
+    if max(chances.values()) >= UNSURE:
+        return always
+    return f"**It is not sure: {max(chances.values()):.0%}. Perhaps your picture shows none of its classes.** {always}"
+
+
+def explanations(
+    subject: Subject, seen: Look, methods: Sequence[str], layer: int = 1, head: str = "mean"
+) -> dict[str, Explanation]:
+    """Each method's map of one image."""
+    return {name: explain(seen, subject.processor, subject.name, name, layer, head) for name in methods}
+
+
+def overlays(found: Explanation) -> dict[str, Image.Image]:
+    """The map over the image, `classic` and `colour`."""
+    values, image = found.found.values.cpu(), found.image[None]
+    kinds = {"classic": classic_overlay, "colour": colour_overlay}
+    return {name: to_picture(draw(values, image)[0], found.said() | {"overlay": name}) for name, draw in kinds.items()}
+
+
+def caption(found: Explanation) -> str:
+    """What the colours hide."""
+    return ", ".join(f"{name} {value}" for name, value in found.numbers().items())
+
+
+def strip(subject: Subject, seen: Look) -> Image.Image:
+    """Every head of every layer, and their mean, as one picture: a row for each layer."""
+    layers, heads = subject.model.config.num_hidden_layers, subject.model.config.num_attention_heads
+    columns = ["mean", *range(heads)]
+    maps = [
+        cls_map(seen.attentions, layer, head, seen.grid).values.cpu() for layer in range(layers) for head in columns
+    ]
+    image = subject.seen(seen.pixel_values).expand(len(maps), -1, -1, -1)
+    cells = interpolate(colour_overlay(torch.cat(maps), image), scale_factor=3)  # nearest: pixels stay pixels
+    side, margin, gap = cells.shape[-1], 24, 4
+    size = (margin + len(columns) * (side + gap), margin + layers * (side + gap))
+    sheet, font = Image.new("RGB", size, "white"), ImageFont.load_default(14)
+    draw = ImageDraw.Draw(sheet)
+    for number, cell in enumerate(cells):
+        row, column = divmod(number, len(columns))
+        sheet.paste(
+            F.to_pil_image((cell * 255).round().byte()), (margin + column * (side + gap), margin + row * (side + gap))
+        )
+    for column, name in enumerate(columns):
+        label = name if name == "mean" else f"head {name + 1}"
+        draw.text((margin + column * (side + gap) + side // 2, margin // 2), label, "black", font, anchor="mm")
+    for row in range(layers):
+        draw.text((margin // 2, margin + row * (side + gap) + side // 2), str(row + 1), "black", font, anchor="mm")
+    sheet.info = {"model": subject.name, "method": "attention", "layer": f"1 to {layers}", "head": "mean and each"}
+    return sheet
+
+
+@torch.inference_mode()
+def hidden(
+    subject: Subject, pixel_values: torch.Tensor, patches: Sequence[int]
+) -> tuple[dict[str, float], Image.Image, str]:
+    """(Probabilities, the picture, one sentence) while the patches with these numbers, row by row, are hidden."""
+    gone = torch.zeros(1, *subject.grid, dtype=torch.bool)
+    gone.view(-1)[list(patches)] = True
+    covered = hide_patches(pixel_values, gone.to(pixel_values.device), subject.model.config.patch_size)
+    before, after = (
+        probabilities(subject, logits) for logits in subject.model(torch.cat([pixel_values, covered])).logits
+    )
+    answer = max(before, key=before.get)
+    said = f"{len(patches)} of {gone.numel()} patches hidden: **{answer}** {before[answer]:.0%} → {after[answer]:.0%}"
+    return (
+        after,
+        to_picture(subject.seen(covered)[0], {"model": subject.name, "hidden patches": str(list(patches))}),
+        said,
+    )
+
+
+def score_words(subject: Subject) -> str:
+    """What a score means, as Markdown."""
+    if subject.examination is None:
+        return f"{subject.name} has not been examined, so its maps have no score."
+    return (
+        "**Score**: hide the patches that a map finds important, and the answer should go; show them alone, and it "
+        f"should come. Mean of {subject.examination.record['maps']['images']} test images, from −1 to 1; a random "
+        "order gets about 0, more is better."
+    )
+
+
+def most_important(subject: Subject, pixel_values: torch.Tensor, hidden: Sequence[int]) -> int:
+    """The number of the patch, of those not hidden, that gradient rollout puts first for the model's answer."""
+    values = METHODS["gradient rollout"](subject.look(pixel_values)).values.flatten()
+    values[list(hidden)] = -torch.inf
+    return values.argmax().item()
+
+
+def commonest_mistake(examination: Examination) -> tuple[str, str]:
+    """(label, answer)"""
+    counts, names = torch.tensor(examination.record["confusion"]).fill_diagonal_(0), examination.record["classes"]
+    label, answer = divmod(counts.argmax().item(), len(names))
+    return names[label], names[answer]
+
+
+def confusion_table(examination: Examination) -> str:
+    """HTML: a row for each class, a button for each answer, the share of right answers at the end."""
+    record = examination.record
+    names = [escape(name) for name in record["classes"]]
+    head = "".join(f'<th scope="col"><span>{name}</span></th>' for name in names)
+    rows = []
+    for name, counts in zip(names, record["confusion"], strict=True):
+        cells = ""
+        for answer, count in zip(names, counts, strict=True):
+            kind = "right" if answer == name else "wrong"
+            share = min(1, count / sum(counts) * (1 if kind == "right" else 8))  # mistakes are rare: deeper colour
+            what = (
+                f"{count} images of {name} taken for {answer}" if kind == "wrong" else f"{count} images of {name} right"
+            )
+            cells += (
+                f'<td><button class="{kind}" style="--share: {share:.2f}" aria-label="{what}" title="{what}" '
+                f'data-label="{name}" data-answer="{answer}">{count}</button></td>'
+            )
+        right = record["test_accuracy_per_class"][record["classes"][len(rows)]]
+        rows.append(f'<tr><th scope="row">{name}</th>{cells}<td class="accuracy">{right:.1%}</td></tr>')
+    return (
+        f'<table class="confusion"><thead><tr><td></td>{head}'
+        f'<th scope="col"><span>accuracy</span></th></tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    )
+
+
+def mistakes(subject: Subject, label: str, answer: str) -> tuple[list[tuple[Image.Image, str]], str]:
+    """(The images of one class that got one answer, each beside its map for that answer, with a caption; a sentence).
+
+    Of wrong answers the surest come first, of right ones the least sure.
+    """
+    record, rows = subject.examination.record, subject.examination.answers
+    names = record["classes"]
+    pair = (names.index(label), names.index(answer))
+    count = record["confusion"][pair[0]][pair[1]]
+    columns = zip(rows["label"], rows["prediction"], rows["confidence"], strict=True)
+    found = [(confidence, row) for row, (*both, confidence) in enumerate(columns) if tuple(both) == pair]
+    found = sorted(found, reverse=label != answer)[:SHOWN_MISTAKES]
+    what = (
+        f"of class **{label}** rightly answered" if label == answer else f"of class **{label}** answered **{answer}**"
+    )
+    said = f"{count} test images {what}" + (f", {len(found)} shown" if count > len(found) else "")
+    if not found:
+        return [], said
+    shown = rows.select([row for _, row in found])
+    pixel_values = torch.cat([subject.pixels(image.convert("RGB")) for image in shown["image"]])
+    seen = look(subject.model, pixel_values, torch.full((len(shown),), pair[1], device=pixel_values.device))
+    images = subject.seen(pixel_values)
+    maps = colour_overlay(METHODS["gradient rollout"](seen).values.cpu(), images)
+    pictures = interpolate(torch.cat([images, maps], dim=3), scale_factor=4)  # nearest: pixels stay pixels
+    captions = [
+        f"{answer} {confidence:.0%}, test image {index}"
+        for (confidence, _), index in zip(found, shown["index"], strict=True)
+    ]
+    return [
+        (F.to_pil_image((picture * 255).round().byte()), text) for picture, text in zip(pictures, captions, strict=True)
+    ], said
+
+
+def reliability_picture(examination: Examination) -> Image.Image:
+    """The reliability diagram (Guo et al. 2017, figure 1) on nothing, to be seen on a light and on a dark page."""
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot([0, 1], [0, 1], color="0.5", linestyle=":", label="right as often as it says")
+    for (name, found), colour in zip(examination.record["calibration"].items(), ("C1", "C0"), strict=True):
+        points = found["reliability"]
+        axes.plot([p["confidence"] for p in points], [p["accuracy"] for p in points], "o-", color=colour, label=name)
+    axes.set(xlabel="probability that it gives its answer", ylabel="share of right answers", xlim=(0, 1), ylim=(0, 1))
+    axes.legend(framealpha=0, labelcolor="0.5")
+    axes.tick_params(colors="0.5")
+    for part in (axes.xaxis.label, axes.yaxis.label):
+        part.set_color("0.5")
+    axes.patch.set_alpha(0)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, transparent=True)
+    return Image.open(buffer)
+
+
+def calibration_words(examination: Examination) -> str:
+    """The calibration's numbers as Markdown."""
+    record, images = examination.record, examination.record["images"]
+    before, after = (record["calibration"][name]["calibration_error"] for name in ("as trained", "with temperature"))
+    return (
+        f"Its probabilities are off by **{before:.1%}** on average over {images['test']:,} test images (expected "
+        f"calibration error, 15 bins). Divide its logits by {record['temperature']:.3f}, the temperature fitted on "
+        f"{images['validation']:,} images held out of training, and they are off by **{after:.1%}**. "
+        "Points above the line: it is right more often than it says."
+    )
