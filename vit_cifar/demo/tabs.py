@@ -71,7 +71,7 @@ def methods(subject: Subject, state: gr.State) -> Tab:
         return subject.look(pixel_values, None if target == ITS_ANSWER else target)
 
     choices = [ITS_ANSWER, *subject.classes]
-    with gr.Tab("Where it looks"), gr.Row(elem_id="maps"):
+    with gr.Tab("Maps"), gr.Row(elem_id="maps"):
         with gr.Column():
             target = gr.Dropdown(
                 choices, value=ITS_ANSWER, label="Class to explain", info="for gradient rollout and occlusion"
@@ -80,11 +80,6 @@ def methods(subject: Subject, state: gr.State) -> Tab:
             head = gr.Radio(heads, value="mean", label="Head", info="for attention")
             colours = ", ".join(matplotlib.colors.to_hex(matplotlib.colormaps["viridis"](i / 8)) for i in range(9))
             gr.HTML(f'<p class="scale">least <i style="background: linear-gradient(90deg, {colours})"></i> most</p>')
-            gr.Markdown(
-                "Each map has a colour scale of its own: mind the numbers below it.\n\n"
-                f"{views.score_words(subject)}\n\n"
-                "A map shows what the answer was made from. It is not a reason."
-            )
         with gr.Row(elem_id="methods"):
             quick, slow = [], []
             values = iter(redraw(state.value, ITS_ANSWER, layers[-1], "mean"))
@@ -94,6 +89,12 @@ def methods(subject: Subject, state: gr.State) -> Tab:
                 score = f"{name}, {subject.score(name)}"
                 figure = _figure(score, f"Your picture under a colour map of {name}", own)
                 (slow if name == "occlusion" else quick).extend(figure)
+        with gr.Column(elem_id="words"):
+            gr.Markdown(
+                "Each map has a colour scale of its own: mind the numbers below it.\n\n"
+                f"{views.score_words(subject)}\n\n"
+                "A map shows what the answer was made from. It is not a reason."
+            )
 
     options = {"show_progress": "minimal", "trigger_mode": "always_last"}
     gr.on(
@@ -133,13 +134,13 @@ def _figure(label: str, alt_text: str, values: Iterator) -> list[Component]:
 
 def layers_and_heads(subject: Subject, state: gr.State) -> Tab:
     """Every head of every layer in one strip."""
-    with gr.Tab("Layers and heads"):
+    with gr.Tab("All heads"):
         gr.Markdown(
             "A row for each layer, from the first down; what the class token attends to, each in its own scale."
         )
         strip = gr.Image(
             views.strip(subject, subject.look(state.value)),
-            label="attention",
+            show_label=False,
             alt_text="Your picture under the attention of every head of every layer",
             elem_id="strip",
             format="png",
@@ -243,8 +244,9 @@ def mistakes(subject: Subject) -> None:
         said = gr.Markdown(words)
         gallery = gr.Gallery(
             pictures,
-            label="As the model sees them, and what the answer came from (gradient rollout)",
-            columns={"sm": 2, "md": 3},
+            label="Test images and their maps",
+            show_label=False,
+            columns=3,
             object_fit="contain",
             height=None,
             format="png",
@@ -254,7 +256,7 @@ def mistakes(subject: Subject) -> None:
         gr.Markdown("## How far to believe its probabilities\n" + views.calibration_words(examination))
         gr.Image(
             views.reliability_picture(examination),
-            label="Reliability",
+            show_label=False,
             alt_text="Share of right answers against the probability that the model gives them",
             format="png",
             interactive=False,

@@ -71,9 +71,9 @@ class Subject:
         if self.examination is None:
             return "not examined"
         found = self.examination.record["maps"]["methods"][method]
-        return f"{found['score']:.2f}" + (
-            "" if found.get("passes_random_weights", True) else ", fails on random weights"
-        )
+        passes = found.get("passes_random_weights", True)
+        score = round(found["score"], 2) + 0.0  # + 0.0: not -0.00
+        return f"score {score:.2f}" + ("" if passes else ", but alike on random weights")
 
 
 def load_subjects(name: str | None) -> list[Subject]:
@@ -264,9 +264,12 @@ def mistakes(subject: Subject, label: str, answer: str) -> tuple[list[tuple[Imag
     what = (
         f"of class **{label}** rightly answered" if label == answer else f"of class **{label}** answered **{answer}**"
     )
-    said = f"{count} test images {what}" + (f", {len(found)} shown" if count > len(found) else "")
     if not found:
-        return [], said
+        return [], f"No test image {what}."
+    kept = f", {len(found)} of them shown" if count > len(found) else ""
+    said = (
+        f"{count} test images {what}{kept}: as the model sees each, and what the answer came from (gradient rollout)."
+    )
     shown = rows.select([row for _, row in found])
     pixel_values = torch.cat([subject.pixels(image.convert("RGB")) for image in shown["image"]])
     seen = look(subject.model, pixel_values, torch.full((len(shown),), pair[1], device=pixel_values.device))
@@ -274,8 +277,7 @@ def mistakes(subject: Subject, label: str, answer: str) -> tuple[list[tuple[Imag
     maps = colour_overlay(METHODS["gradient rollout"](seen).values.cpu(), images)
     pictures = interpolate(torch.cat([images, maps], dim=3), scale_factor=4)  # nearest: pixels stay pixels
     captions = [
-        f"{answer} {confidence:.0%}, test image {index}"
-        for (confidence, _), index in zip(found, shown["index"], strict=True)
+        f"{answer} {confidence:.0%}, #{index}" for (confidence, _), index in zip(found, shown["index"], strict=True)
     ]
     return [
         (F.to_pil_image((picture * 255).round().byte()), text) for picture, text in zip(pictures, captions, strict=True)
