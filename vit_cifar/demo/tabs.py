@@ -14,7 +14,8 @@ from ..explain.pictures import ExplanationError, map_options
 from . import views
 from .views import Subject
 
-SQUARE = {"elem_classes": "square", "format": "png", "interactive": False, "buttons": ["download"]}
+PICTURE = {"elem_classes": "picture", "format": "png", "interactive": False, "buttons": ["download"]}
+SQUARE = PICTURE | {"elem_classes": ["picture", "square"]}
 ITS_ANSWER = "its answer"
 QUICK = [name for name in METHODS if name != "occlusion"]  # occlusion asks the model once for each patch
 
@@ -143,9 +144,7 @@ def layers_and_heads(subject: Subject, state: gr.State) -> Tab:
             show_label=False,
             alt_text="Your picture under the attention of every head of every layer",
             elem_id="strip",
-            format="png",
-            interactive=False,
-            buttons=["download"],
+            **PICTURE,
         )
     return Tab([strip], lambda seen: [views.strip(subject, seen)])
 
@@ -258,10 +257,8 @@ def mistakes(subject: Subject) -> None:
             views.reliability_picture(examination),
             show_label=False,
             alt_text="Share of right answers against the probability that the model gives them",
-            format="png",
-            interactive=False,
-            buttons=["download"],
             elem_id="reliability",
+            **PICTURE,
         )
         options = {"show_progress": "minimal", "trigger_mode": "always_last", "concurrency_id": "picture"}
         table.click(show_cell, None, [label, answer, gallery, said], api_visibility="private", **options)
