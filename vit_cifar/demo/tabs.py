@@ -10,7 +10,6 @@ from gradio.components import Component
 from gradio.events import Dependency
 
 from ..explain.perturbation import METHODS, Look
-from ..explain.pictures import ExplanationError, map_options
 from . import views
 from .views import Subject
 
@@ -45,11 +44,10 @@ def methods(subject: Subject, state: gr.State) -> Tab:
 
     def draw(seen: Look, layer: int, head: str) -> list:
         """The quick methods' pictures and captions, in the order of `quick` below."""
-        try:
-            options = map_options(config, "attention", layer, head)
-        except ExplanationError as error:
-            raise gr.Error(str(error), print_exception=False) from error
-        found = views.explanations(subject, seen, QUICK, options["layer"], options["head"])
+        if layer not in layers or head not in heads:
+            message = f"expected a layer of {layers} and a head of {heads}, got {layer!r} and {head!r}"
+            raise gr.Error(message, print_exception=False)
+        found = views.explanations(subject, seen, QUICK, layer, head)
         drawn = [views.overlays(found["attention"])["classic"], ""]
         for explanation in found.values():
             drawn += [views.overlays(explanation)["colour"], views.caption(explanation)]
@@ -67,15 +65,15 @@ def methods(subject: Subject, state: gr.State) -> Tab:
         return [views.overlays(found)["colour"], views.caption(found)]
 
     def look(pixel_values: torch.Tensor, target: str) -> Look:
-        if target not in choices:
-            raise gr.Error(f"class: expected one of {', '.join(choices)}, got {target!r}", print_exception=False)
         return subject.look(pixel_values, None if target == ITS_ANSWER else target)
 
-    choices = [ITS_ANSWER, *subject.classes]
     with gr.Tab("Maps"), gr.Row(elem_id="maps"):
         with gr.Column():
             target = gr.Dropdown(
-                choices, value=ITS_ANSWER, label="Class to explain", info="for gradient rollout and occlusion"
+                [ITS_ANSWER, *subject.classes],
+                value=ITS_ANSWER,
+                label="Class to explain",
+                info="for gradient rollout and occlusion",
             )
             layer = gr.Radio(layers, value=layers[-1], label="Layer", info="for attention")
             head = gr.Radio(heads, value="mean", label="Head", info="for attention")
@@ -215,9 +213,6 @@ def mistakes(subject: Subject) -> None:
 
         def show(label: str, answer: str) -> tuple[list, str]:
             """The test images of a class that got an answer, each beside its map, and a sentence."""
-            for name in (label, answer):
-                if name not in classes:
-                    raise gr.Error(f"class: expected one of {', '.join(classes)}, got {name!r}", print_exception=False)
             return views.mistakes(subject, label, answer)
 
         def show_cell(event: gr.EventData) -> tuple:

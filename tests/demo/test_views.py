@@ -1,0 +1,179 @@
+import re
+import shutil
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vit_cifar.demo import views
+from vit_cifar.demo.views import Subject, load_subjects
+from vit_cifar.explain.attention import cls_map
+from vit_cifar.explain.overlay import colour_overlay
+from vit_cifar.explain.perturbation import METHODS
+from vit_cifar.images import open_image
+from vit_cifar.models import BUNDLED_MODELS, DEFAULT_MODEL, ModelError
+
+EXAMPLE = "vit_cifar/demo/assets/examples/ship.png"
+
+
+@pytest.fixture(scope="module")
+def subject() -> Subject:
+    """The shipped model and its examination."""
+    return load_subjects(None)[0]
+
+
+@pytest.fixture(scope="module")
+def pixel_values(subject) -> torch.Tensor:
+    return subject.pixels(open_image(EXAMPLE))
+
+
+def as_pixels(picture: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).float() / 255
+
+
+def test_every_head_of_every_layer_has_its_place_in_the_strip(subject, pixel_values):
+    seen = subject.look(pixel_values)
+    sheet = as_pixels(views.strip(subject, seen))
+    layers, heads = subject.model.config.num_hidden_layers, subject.model.config.num_attention_heads
+    for layer in range(layers):
+        for column, head in enumerate(["mean", *range(heads)]):
+            expected = colour_overlay(cls_map(seen.attentions, layer, head).values, subject.seen(pixel_values))[0]
+            top, left = 24 + layer * 100, 24 + column * 100
+            assert (sheet[:, top : top + 96 : 3, left : left + 96 : 3] - expected).abs().max() < 1 / 250
+
+
+def test_hidden_patches_are_painted_over_before_the_model_sees_them(subject, pixel_values):
+    chances, picture, said = views.hidden(subject, pixel_values, [0, 9, 63])
+    painted = pixel_values.clone()
+    for row, column in ((0, 0), (1, 1), (7, 7)):
+        painted[:, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] = 0
+    before, after = (subject.model(pixels).logits[0].softmax(-1) for pixels in (pixel_values, painted))
+    assert list(chances.values()) == pytest.approx(after.tolist(), abs=1e-5)
+    index = before.argmax().item()
+    assert said == f"3 of 64 patches hidden: **{subject.classes[index]}** {before[index]:.0%} → {after[index]:.0%}"
+    assert (as_pixels(picture)[:, ::8, ::8] - subject.seen(painted)[0]).abs().max() < 1 / 250
+
+
+def test_the_next_patch_is_the_largest_of_those_still_shown(subject, pixel_values):
+    values = METHODS["gradient rollout"](subject.look(pixel_values)).values.flatten()
+    order = values.argsort(descending=True).tolist()
+    assert [views.most_important(subject, pixel_values, order[:n]) for n in (0, 1, 40)] == [
+        order[n] for n in (0, 1, 40)
+    ]
+
+
+def test_pictures_say_what_they_show(subject, pixel_values, tmp_path):
+    found = views.explanations(subject, subject.look(pixel_values, "cat"), METHODS, layer=2, head="3")
+    for method, explanation in found.items():
+        for kind, picture in views.overlays(explanation).items():
+            said = picture.info
+            assert said["model"] == DEFAULT_MODEL and said["method"] == method and said["overlay"] == kind
+            assert said["answer"].startswith("ship ")
+            assert (said.get("layer"), said.get("head")) == (("2", "3") if method == "attention" else (None, None))
+            assert said.get("class") == ("cat" if method in ("gradient rollout", "occlusion") else None)
+        assert f"minimum {explanation.found.minimum.item():.4g}, maximum" in views.caption(explanation)
+
+
+@pytest.mark.parametrize(("highest", "sure"), [(0.95, True), (0.6, True), (0.59, False), (0.1, False)])
+def test_the_word_is_stronger_when_the_answer_is_weak(highest, sure):
+    chances = {"cat": highest} | {str(n): (1 - highest) / 9 for n in range(9)}
+    said = views.caution(chances)
+    assert "forced into one of its 10 classes" in said
+    assert ("not sure" in said) == (not sure) and (f"{highest:.0%}" in said) == (not sure)
+
+
+class Cells(HTMLParser):
+    def __init__(self, table: str):
+        super().__init__()
+        self.buttons, self.words = [], []
+        self.feed(table)
+
+    def handle_starttag(self, tag, attributes):
+        if tag == "button":
+            self.buttons.append(dict(attributes))
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_the_confusion_table_holds_the_records_numbers(subject):
+    record = subject.examination.record
+    cells = Cells(views.confusion_table(subject.examination))
+    found = {(button["data-label"], button["data-answer"]): button["aria-label"] for button in cells.buttons}
+    for label, counts in zip(record["classes"], record["confusion"], strict=True):
+        for answer, count in zip(record["classes"], counts, strict=True):
+            assert re.match(rf"{count} images of {label} ", found[label, answer])
+        assert f"{record['test_accuracy_per_class'][label]:.1%}" in cells.words
+    odd = record | {"classes": ["<b>" + name for name in record["classes"]]}
+    odd["test_accuracy_per_class"] = dict.fromkeys(odd["classes"], 0.5)
+    table = views.confusion_table(replace(subject.examination, record=odd))
+    assert "<b>" not in table and Cells(table).buttons[0]["data-label"] == "<b>airplane"
+
+
+def test_mistakes_are_the_rows_of_that_pair_the_surest_first(subject):
+    rows, names = subject.examination.answers, subject.classes
+    for label, answer, surest_first in (("dog", "cat", True), ("frog", "frog", False)):
+        pair = (names.index(label), names.index(answer))
+        kept = [row for row in rows if (row["label"], row["prediction"]) == pair]
+        kept.sort(key=lambda row: row["confidence"], reverse=surest_first)
+        pictures, said = views.mistakes(subject, label, answer)
+        assert len(pictures) == min(len(kept), views.SHOWN_MISTAKES)
+        assert said.startswith(f"{subject.examination.record['confusion'][pair[0]][pair[1]]} test images of class")
+        for row, (picture, caption) in zip(kept, pictures, strict=False):
+            assert caption == f"{answer} {row['confidence']:.0%}, #{row['index']}"
+            assert np.array_equal(np.asarray(picture)[::4, :128:4], np.asarray(row["image"]))
+            seen = subject.look(subject.pixels(row["image"]), answer)
+            assert seen.logits.argmax().item() == pair[1]
+            drawn = colour_overlay(METHODS["gradient rollout"](seen).values, subject.seen(seen.pixel_values))[0]
+            assert (as_pixels(picture)[:, ::4, 128::4] - drawn).abs().max() < 1 / 100
+
+
+def test_a_pair_without_mistakes(subject):
+    confusion = torch.tensor(subject.examination.record["confusion"])
+    label, answer = (subject.classes[i] for i in (confusion == 0).nonzero()[0].tolist())
+    assert views.mistakes(subject, label, answer) == ([], f"No test image of class **{label}** answered **{answer}**.")
+
+
+def test_the_commonest_mistake(subject):
+    label, answer = views.commonest_mistake(subject.examination)
+    confusion = np.array(subject.examination.record["confusion"])
+    np.fill_diagonal(confusion, 0)
+    assert label != answer
+    assert confusion[subject.classes.index(label), subject.classes.index(answer)] == confusion.max()
+
+
+def test_scores_are_the_examinations(subject):
+    methods = subject.examination.record["maps"]["methods"]
+    assert subject.score("rollout") == f"score {methods['rollout']['score']:.2f}"
+    changed = {"score": -0.001, "passes_random_weights": False}
+    record = subject.examination.record | {"maps": {"images": 5, "methods": {"rollout": changed}}}
+    failing = replace(subject, examination=replace(subject.examination, record=record))
+    assert failing.score("rollout") == "score 0.00, but alike on random weights"
+    assert "5 test images" in views.score_words(failing)
+    assert replace(subject, examination=None).score("rollout") == "not examined"
+
+
+def test_an_examination_of_other_weights_is_left_out_and_named(tmp_path, capsys, tiny_model_folder):
+    folder = shutil.copytree(BUNDLED_MODELS / DEFAULT_MODEL, tmp_path / "mixed")
+    shutil.copy(tiny_model_folder / "model.safetensors", folder)
+    shutil.copy(tiny_model_folder / "config.json", folder)
+    (mixed,) = load_subjects(str(folder))
+    assert mixed.name == "mixed" and mixed.examination is None
+    assert "expected the examination of these weights" in capsys.readouterr().err
+
+
+def test_all_models_of_the_checkout_the_default_first(tmp_path, monkeypatch, tiny_model_folder):
+    for name in ("a-model", DEFAULT_MODEL):
+        shutil.copytree(tiny_model_folder, tmp_path / name)
+    monkeypatch.setattr(views, "BUNDLED_MODELS", tmp_path)
+    assert [subject.name for subject in load_subjects(None)] == [DEFAULT_MODEL, "a-model"]
+    with pytest.raises(ModelError, match="expected a model folder or a Hub id, got 'no such/folder/here'"):
+        load_subjects("no such/folder/here")
+
+
+def test_the_reliability_diagram_is_seen_on_any_ground(subject):
+    picture = views.reliability_picture(subject.examination)
+    assert picture.mode == "RGBA" and picture.getpixel((2, 2))[3] == 0
