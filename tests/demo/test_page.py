@@ -4,6 +4,7 @@ import re
 import socket
 import subprocess
 import sys
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from time import monotonic, sleep
@@ -19,15 +20,18 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from helpers import ROOT, run, skip_or_fail
 from PIL import Image, ImageOps
-from playwright.sync_api import Browser, Request, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Request, expect, sync_playwright
 
 from vit_cifar import CIFAR10_CLASSES
-from vit_cifar.demo.look import open_upload
+from vit_cifar.demo import views
 from vit_cifar.demo.page import EXAMPLES, LAUNCH_OPTIONS, build_page
+from vit_cifar.demo.views import Subject, open_upload
+from vit_cifar.evaluation.examination import examine
 from vit_cifar.explain.attention import cls_map
 from vit_cifar.explain.overlay import classic_overlay, colour_overlay
 from vit_cifar.images import ImageError, open_image
 from vit_cifar.models import load_model
+from vit_cifar.training.data import load_split
 
 CHROMIUM = Path("/usr/bin/chromium")
 PATIENCE = 120  # seconds; a test machine may be busy
@@ -35,7 +39,7 @@ LAYERS, HEADS = 2, 4
 
 
 @pytest.fixture(scope="module")
-def loaded(tiny_model_folder):
+def subject(tiny_model_folder) -> Subject:
     """Random weights, made decisive: different pictures get different answers."""
     model, processor = load_model(str(tiny_model_folder))
     with torch.no_grad():
@@ -43,12 +47,19 @@ def loaded(tiny_model_folder):
         for layer in model.vit.layers:
             layer.attention.q_proj.weight.mul_(10)
             layer.attention.k_proj.weight.mul_(10)
-    return model, processor
+    validation, test = (load_split("sample", split) for split in ("train", "test"))
+    return Subject("the-first", model, processor, examine(model, processor, validation, test, images=4))
 
 
 @pytest.fixture(scope="module")
-def page(loaded):
-    page = build_page(*loaded, "A page for tests")
+def other(tiny_model_folder) -> Subject:
+    """A second model for the picker, which has not been examined."""
+    return Subject("the-second", *load_model(str(tiny_model_folder)))
+
+
+@pytest.fixture(scope="module")
+def page(subject, other):
+    page = build_page([subject, other])
     page.launch(**LAUNCH_OPTIONS, prevent_thread_lock=True, quiet=True)
     yield page
     page.close()
@@ -59,15 +70,14 @@ def client(page):
     return Client(page.local_url, verbose=False)
 
 
-def truth(loaded, image: Image.Image, layer: int = LAYERS, head: int | str = "mean"):
+def truth(subject, image: Image.Image, layer: int = LAYERS, head: str = "mean"):
     """By hand: (class name -> probability, seen, classic, colour), the last three as uint8 (32, 32, 3)."""
-    model, processor = loaded
-    pixel_values = processor(image, return_tensors="pt").pixel_values
+    pixel_values = subject.processor(image, return_tensors="pt").pixel_values
     with torch.no_grad():
-        output = model(pixel_values, output_attentions=True)
+        output = subject.model(pixel_values, output_attentions=True)
     small = torch.from_numpy(np.asarray(image.resize((32, 32), Image.Resampling.BICUBIC)) / 255).float()
     small = small.permute(2, 0, 1)[None]
-    attention_map = cls_map(output.attentions, layer - 1, head if head == "mean" else head - 1).values
+    attention_map = cls_map(output.attentions, layer - 1, int(head) - 1 if head.isdigit() else head).values
     pictures = [small, classic_overlay(attention_map, small), colour_overlay(attention_map, small)]
     pictures = [(picture[0] * 255).round().byte().permute(1, 2, 0).numpy() for picture in pictures]
     return dict(zip(CIFAR10_CLASSES, output.logits[0].softmax(-1).tolist(), strict=True)), *pictures
@@ -86,57 +96,159 @@ def close(picture: np.ndarray, expected: np.ndarray) -> bool:
     return np.abs(picture.astype(int) - expected).max() <= 1
 
 
-def predict(client: Client, path: Path, layer: int = LAYERS, head: int | str = "mean"):
-    answer, *pictures = client.predict(handle_file(path), layer, head, api_name="/predict")
-    return {row["label"]: row["confidence"] for row in answer["confidences"]}, *map(pixels, pictures)
+def chances(label: dict) -> dict[str, float]:
+    """What a Label shows."""
+    return {row["label"]: row["confidence"] for row in label["confidences"]}
 
 
-@pytest.mark.parametrize(("layer", "head"), [(LAYERS, "mean"), (1, "mean"), (1, 1), (LAYERS, HEADS)])
-def test_answer_and_pictures_are_the_models_own(loaded, client, layer, head):
+def answer_of(subject: Subject, path: Path) -> str:
+    probabilities = truth(subject, open_image(path))[0]
+    return max(probabilities, key=probabilities.get)
+
+
+# What `predict` and `redraw` give for each quick method: a picture and its caption.
+FIGURES = ("classic", "attention", "rollout", "gradient rollout", "random")
+
+
+@dataclass
+class Prediction:
+    """The outputs of `predict` by name; pictures as paths."""
+
+    chances: dict[str, float]
+    word: str
+    seen: str
+    pictures: dict[str, str]
+    captions: dict[str, str]
+    strip: str
+    hidden: list
+
+
+def predict(client: Client, path: Path, layer: int = LAYERS, head: str = "mean", api_name="/predict") -> Prediction:
+    answer, word, seen, target, occlusion, _, *rest = client.predict(handle_file(path), layer, head, api_name=api_name)
+    target, occlusion = (change["value"] if isinstance(change, dict) else change for change in (target, occlusion))
+    assert target == "its answer" and occlusion is None  # it comes a little later
+    figures, (strip, *hidden) = rest[:10], rest[10:]
+    return Prediction(
+        chances(answer),
+        word,
+        seen,
+        dict(zip(FIGURES, figures[::2], strict=True)),
+        dict(zip(FIGURES, figures[1::2], strict=True)),
+        strip,
+        hidden,
+    )
+
+
+@pytest.mark.parametrize(("layer", "head"), [(LAYERS, "mean"), (1, "max"), (1, "1"), (LAYERS, str(HEADS))])
+def test_answer_and_pictures_are_the_models_own(subject, client, layer, head):
     path = EXAMPLES / "frog.png"
-    probabilities, *pictures = predict(client, path, layer, head)
-    expected, *expected_pictures = truth(loaded, open_image(path), layer, head)
-    assert probabilities == pytest.approx(expected, abs=1e-6)
-    assert all(close(picture, other) for picture, other in zip(pictures, expected_pictures, strict=True))
+    found = predict(client, path, layer, head)
+    expected, seen, classic, colour = truth(subject, open_image(path), layer, head)
+    assert found.chances == pytest.approx(expected, abs=1e-6)
+    assert found.word == views.caution(expected)
+    for path, picture in (
+        (found.seen, seen),
+        (found.pictures["classic"], classic),
+        (found.pictures["attention"], colour),
+    ):
+        assert close(pixels(path), picture)
+    assert len({Path(path).read_bytes() for path in found.pictures.values()}) == len(FIGURES)
 
 
-def test_another_layer_or_head_redraws_without_an_upload(loaded, client):
+def test_a_downsubject_picture_says_what_it_shows(subject, client):
+    path = EXAMPLES / "frog.png"
+    found = predict(client, path, 1, "3")
+    for name in FIGURES:
+        said = Image.open(found.pictures[name]).text
+        assert said["model"] == "the-first"
+        assert said["method"] == name.replace("classic", "attention")
+        assert (said.get("layer"), said.get("head")) == (("1", "3") if said["method"] == "attention" else (None, None))
+        assert name == "classic" or found.captions[name].startswith(f"minimum {said['minimum']}, maximum")
+    assert Image.open(found.seen).text == {"model": "the-first", "answer": answer_of(subject, path)}
+    assert Image.open(found.strip).text["layer"] == f"1 to {LAYERS}"
+
+
+def test_another_layer_or_head_redraws_without_an_upload(subject, client):
     path = EXAMPLES / "ship.png"
     predict(client, path)
     drawn = []
-    for layer, head in [(1, "mean"), (LAYERS, 2), (LAYERS, "mean")]:
-        pictures = [pixels(picture) for picture in client.predict(layer, head, api_name="/redraw")]
-        _, _, *expected = truth(loaded, open_image(path), layer, head)
+    for layer, head in [(1, "mean"), (LAYERS, "2"), (LAYERS, "mean")]:
+        figures = client.predict("its answer", layer, head, api_name="/redraw")
+        pictures = [pixels(picture) for picture in (figures[0], figures[2])]
+        _, _, *expected = truth(subject, open_image(path), layer, head)
         assert all(close(picture, other) for picture, other in zip(pictures, expected, strict=True))
         drawn.append(pictures)
     for first, second in [(0, 1), (1, 2), (0, 2)]:
         assert not close(drawn[first][0], drawn[second][0]) and not close(drawn[first][1], drawn[second][1])
 
 
-def test_visitors_keep_their_own_pictures(loaded, page):
+def test_the_class_changes_what_is_explained(client):
+    path = EXAMPLES / "ship.png"
+    predict(client, path)
+    drawn = {}
+    for name in ("its answer", "cat", "truck"):
+        figures = client.predict(name, LAYERS, "mean", api_name="/redraw")
+        occluded, caption = client.predict(name, api_name="/occlusion")
+        drawn[name] = [*(pixels(figures[n]) for n in (2, 4, 6)), pixels(occluded)]
+        said = Image.open(occluded).text
+        assert said["method"] == "occlusion" and caption.startswith(f"minimum {said['minimum']}, ")
+        assert name == "its answer" or said["class"] == Image.open(figures[6]).text["class"] == name
+    attention, rolled, gradient, occluded = zip(drawn["cat"], drawn["truck"], strict=True)
+    assert close(*attention) and close(*rolled) and not close(*gradient) and not close(*occluded)
+    with pytest.raises(AppError, match="cow"):
+        client.predict("cow", LAYERS, "mean", api_name="/redraw")
+
+
+def test_hidden_patches_change_the_answer_as_painting_does(subject, client):
+    path = EXAMPLES / "ship.png"
+    predict(client, path)
+    for patches in ([], [0, 9], list(range(60))):
+        answer, picture, said = client.predict(patches, api_name="/hide")
+        expected, _, words = views.hidden(subject, subject.pixels(open_image(path)), patches)
+        assert chances(answer)[answer["label"]] == pytest.approx(max(expected.values()), abs=1e-5)
+        assert said == words
+        assert Image.open(picture).text["hidden patches"] == str(patches)
+
+
+def test_mistakes_of_a_pair(subject, client):
+    label, answer = views.commonest_mistake(subject.examination)
+    gallery, said = client.predict(label, answer, api_name="/mistakes")
+    pictures, words = views.mistakes(subject, label, answer)
+    assert said == words and [row["caption"] for row in gallery] == [caption for _, caption in pictures]
+
+
+def test_each_model_has_its_own_page(subject, other, client):
+    path = EXAMPLES / "frog.png"
+    assert predict(client, path).chances == pytest.approx(truth(subject, open_image(path))[0], abs=1e-6)
+    found = predict(client, path, api_name="/predict_1")
+    assert found.chances == pytest.approx(truth(other, open_image(path))[0], abs=1e-6)
+    assert Image.open(found.strip).text["model"] == "the-second"
+
+
+def test_visitors_keep_their_own_pictures(subject, page):
     visitors = {path: Client(page.local_url, verbose=False) for path in sorted(EXAMPLES.glob("*.png"))[:4]}
     jobs = [c.submit(handle_file(path), LAYERS, "mean", api_name="/predict") for path, c in visitors.items()]
     for (path, client), job in zip(visitors.items(), jobs, strict=True):
-        expected = truth(loaded, open_image(path))
+        expected = truth(subject, open_image(path))
         assert job.result(timeout=PATIENCE)[0]["label"] == max(expected[0], key=expected[0].get)
-        assert close(pixels(client.predict(LAYERS, "mean", api_name="/redraw")[0]), expected[2])
+        assert close(pixels(client.predict("its answer", LAYERS, "mean", api_name="/redraw")[0]), expected[2])
 
 
-def test_the_upload_goes_through_the_door_for_images(loaded, client, tmp_path):
+def test_the_upload_goes_through_the_door_for_images(subject, client, tmp_path):
     """Gradio's own decoding clips 16 bits to white, and shows the colour under an alpha of 0."""
     frog = open_image(EXAMPLES / "frog.png")
-    _, seen, *_ = truth(loaded, frog)
+    _, seen, *_ = truth(subject, frog)
     deep = tmp_path / "deep.png"
     Image.fromarray(np.asarray(frog.convert("L")).astype(np.uint16) * 257).save(deep)
-    assert close(predict(client, deep)[1], np.asarray(frog.convert("L").convert("RGB")))
+    assert close(pixels(predict(client, deep).seen), np.asarray(frog.convert("L").convert("RGB")))
     clear = tmp_path / "clear.png"
     Image.merge("RGBA", [*frog.split(), Image.new("L", frog.size, 0)]).save(clear)
-    assert (predict(client, clear)[1] == 255).all()
+    assert (pixels(predict(client, clear).seen) == 255).all()
     turned = tmp_path / "turned.png"
     exif = Image.Exif()
     exif[274] = 6  # to be shown turned by 90 degrees
     frog.transpose(Image.Transpose.ROTATE_90).save(turned, exif=exif)
-    assert close(predict(client, turned)[1], seen)
+    assert close(pixels(predict(client, turned).seen), seen)
 
 
 def bad_files() -> dict[str, bytes]:
@@ -152,18 +264,18 @@ def bad_files() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", bad_files())
-def test_a_bad_file_is_one_line_and_the_next_one_works(loaded, client, tmp_path, name):
+def test_a_bad_file_is_one_line_and_the_next_one_works(subject, client, tmp_path, name):
     path = tmp_path / name
     path.write_bytes(bad_files()[name])
     with pytest.raises(AppError, match=r"^the upload: expected .+, got .+$") as error:
         predict(client, path)
     assert "\n" not in str(error.value) and str(tmp_path) not in str(error.value)
     good = EXAMPLES / "horse.png"
-    assert predict(client, good)[0] == pytest.approx(truth(loaded, open_image(good))[0], abs=1e-6)
+    assert predict(client, good).chances == pytest.approx(truth(subject, open_image(good))[0], abs=1e-6)
 
 
 def test_layers_and_heads_that_are_not_there(client):
-    for layer, head in [(0, "mean"), (LAYERS + 1, "mean"), (1, 0), (1, HEADS + 1), ("1", "mean"), (None, None)]:
+    for layer, head in [(0, "mean"), (LAYERS + 1, "mean"), (1, "0"), (1, str(HEADS + 1)), ("1", "mean"), (None, None)]:
         with pytest.raises(AppError, match="^expected a layer of"):
             predict(client, EXAMPLES / "cat.png", layer, head)
 
@@ -201,8 +313,8 @@ def test_examples_are_real_test_images_of_every_class():
     assert set(examples.values()) == set(CIFAR10_CLASSES)
 
 
-def test_example_icons_outlive_the_cleaning_of_the_cache(loaded):
-    page = build_page(*loaded, "A page that is not launched")
+def test_example_icons_outlive_the_cleaning_of_the_cache(subject):
+    page = build_page([subject])
     delete_files_created_by_app(page, age=None)
     icons = [block.icon["path"] for block in page.blocks.values() if getattr(block, "icon", None)]
     assert len(icons) >= 10 and all(Path(icon).is_file() for icon in icons)
@@ -273,23 +385,62 @@ class Visit:
 
 
 SEEN, CLASSIC = "Your picture, shrunk", "Your picture, dark where the model attends little"
-
-
-@pytest.mark.parametrize(
+GRADIENT = "Your picture under a colour map of gradient rollout"
+OCCLUSION = "Your picture under a colour map of occlusion"
+VIEWS = pytest.mark.parametrize(
     ("theme", "width"), [("light", 1280), ("dark", 1280), ("light", 390)], ids=["desktop", "dark", "phone"]
 )
-def test_in_a_browser(loaded, page, browser, tmp_path, theme, width):
+
+
+def looks_right(tab: Page, width: int) -> None:
+    """What is shown fits the screen, every picture has come and has words for those who do not see it."""
+    right_edges = "[...document.querySelectorAll('main *')].map((element) => element.getBoundingClientRect().right)"
+    assert tab.evaluate(f"Math.max(...{right_edges})") <= width
+    for image in tab.locator("main img:visible").all():
+        image.scroll_into_view_if_needed()  # they are loaded when they come near
+        tab.wait_for_function("(image) => image.complete && image.naturalWidth", arg=image.element_handle())
+        assert image.get_attribute("alt")
+        assert image.evaluate("(image) => getComputedStyle(image).imageRendering") == "pixelated"
+
+
+@VIEWS
+def test_in_a_browser(subject, page, browser, tmp_path, theme, width):
     visit = Visit(browser, page.local_url, theme, width)
     tab = visit.tab
-    assert tab.title() == tab.inner_text("h1") == "A page for tests"
+    assert tab.title() == tab.inner_text("h1") == "Where the-first looks"
     dark = tab.evaluate("getComputedStyle(document.querySelector('h1')).color.match(/\\d+/)[0] > 128")  # light text
     assert dark == (theme == "dark")
-    visit.wait_for_answer(truth(loaded, open_image(EXAMPLES / "dog.png"))[0])
+    visit.wait_for_answer(truth(subject, open_image(EXAMPLES / "dog.png"))[0])
 
     seen = visit.picture(SEEN)
     tab.get_by_role("button", name="frog icon").click()
     visit.wait_for_another(SEEN, seen)
-    visit.wait_for_answer(truth(loaded, open_image(EXAMPLES / "frog.png"))[0])
+    visit.wait_for_answer(truth(subject, open_image(EXAMPLES / "frog.png"))[0])
+
+    photo = ImageOps.mirror(open_image(EXAMPLES / "truck.png")).resize((300, 500))
+    photo.save(tmp_path / "photo.png")
+    seen = visit.picture(SEEN)
+    tab.set_input_files("#source input[type=file]", tmp_path / "photo.png")
+    visit.wait_for_another(SEEN, seen)
+    visit.wait_for_answer(truth(subject, photo)[0])
+
+    seen = visit.picture(SEEN)
+    with tab.expect_file_chooser() as chooser:
+        tab.get_by_role("button", name="Upload a picture").click()
+    chooser.value.set_files(EXAMPLES / "bird.png")
+    visit.wait_for_another(SEEN, seen)
+    visit.wait_for_answer(truth(subject, open_image(EXAMPLES / "bird.png"))[0])
+
+    looks_right(tab, width)
+    assert tab.locator("footer a").count() == 0
+    assert visit.trouble == []
+    tab.close()
+
+
+@VIEWS
+def test_the_tabs_in_a_browser(subject, page, browser, tmp_path, theme, width):
+    visit = Visit(browser, page.local_url, theme, width)
+    tab = visit.tab
 
     classic = visit.picture(CLASSIC)
     tab.get_by_role("group").filter(has_text="Layer").get_by_role("radio").first.focus()
@@ -298,32 +449,71 @@ def test_in_a_browser(loaded, page, browser, tmp_path, theme, width):
     classic = visit.picture(CLASSIC)
     tab.get_by_role("group").filter(has_text="Head").get_by_label("3", exact=True).click()
     visit.wait_for_another(CLASSIC, classic)
+    gradient, occlusion = visit.picture(GRADIENT), visit.picture(OCCLUSION)
+    tab.get_by_label("Class to explain").click()
+    tab.get_by_role("option", name="truck").click()
+    visit.wait_for_another(GRADIENT, gradient)
+    visit.wait_for_another(OCCLUSION, occlusion)
+    expect(tab.get_by_text(f"rollout, {subject.score('rollout')}").first).to_be_visible()
+    looks_right(tab, width)
+    with tab.expect_download() as download:
+        tab.get_by_role("tabpanel").get_by_label("Download").nth(3).click()
+    download.value.save_as(tmp_path / "map.png")
+    said = Image.open(tmp_path / "map.png").text
+    assert (said["model"], said["method"], said["class"]) == ("the-first", "gradient rollout", "truck")
 
-    photo = ImageOps.mirror(open_image(EXAMPLES / "truck.png")).resize((300, 500))
-    photo.save(tmp_path / "photo.png")
-    seen = visit.picture(SEEN)
-    tab.set_input_files("#source input[type=file]", tmp_path / "photo.png")
-    visit.wait_for_another(SEEN, seen)
-    visit.wait_for_answer(truth(loaded, photo)[0])
+    tab.get_by_role("tab", name="All heads").click()
+    expect(tab.locator("#strip img")).to_be_visible()
+    looks_right(tab, width)
 
-    seen = visit.picture(SEEN)
-    with tab.expect_file_chooser() as chooser:
-        tab.get_by_role("button", name="Upload a picture").click()
-    chooser.value.set_files(EXAMPLES / "bird.png")
-    visit.wait_for_another(SEEN, seen)
-    visit.wait_for_answer(truth(loaded, open_image(EXAMPLES / "bird.png"))[0])
+    tab.get_by_role("tab", name="Hide patches").click()
+    for count, (row, column) in enumerate([(1, 1), (8, 8)], start=1):
+        box = tab.get_by_label(f"row {row}, column {column}", exact=True)
+        if count == 1:
+            tab.locator("#cells label").first.click()
+        else:
+            box.focus()
+            tab.keyboard.press("Space")
+        expect(tab.get_by_text(f"{count} of 64 patches hidden")).to_be_visible()
+        expect(box).to_be_checked()
+    box, picture = tab.locator("#cells").bounding_box(), tab.locator("#board img").bounding_box()
+    assert box == pytest.approx(picture, abs=4)  # the boxes lie on the patches
+    tab.get_by_role("button", name="Hide the patch").click()
+    expect(tab.get_by_text("3 of 64 patches hidden")).to_be_visible()
+    looks_right(tab, width)
+    tab.get_by_role("button", name="Show all").click()
+    expect(tab.get_by_text("0 of 64 patches hidden")).to_be_visible()
+    assert tab.locator("#cells input:checked").count() == 0
 
-    right_edges = "[...document.querySelectorAll('main *')].map((element) => element.getBoundingClientRect().right)"
-    assert tab.evaluate(f"Math.max(...{right_edges})") <= width
-    tab.wait_for_function("[...document.images].every((image) => image.complete && image.naturalWidth)")
-    assert tab.evaluate("[...document.images].filter((image) => !image.alt).length") == 0
-    assert tab.evaluate("getComputedStyle(document.querySelector('#seen img')).imageRendering") == "pixelated"
-    assert tab.locator("footer a").count() == 0
+    tab.get_by_role("tab", name="Mistakes").click()
+    confusion = torch.tensor(subject.examination.record["confusion"])
+    label, answer = (subject.classes[i] for i in (confusion == confusion.max()).nonzero()[0].tolist())
+    cell = tab.locator(f".confusion button[data-label={label}][data-answer={answer}]")
+    cell.focus()
+    tab.keyboard.press("Enter")
+    words = views.mistakes(subject, label, answer)[1].replace("**", "")
+    expect(tab.get_by_text(words)).to_be_visible()
+    expect(tab.get_by_label("Images of", exact=True)).to_have_value(label)
+    expect(tab.get_by_label("Answered", exact=True)).to_have_value(answer)
+    looks_right(tab, width)
+    other = subject.classes[(subject.classes.index(label) + 1) % 10]
+    tab.locator(f".confusion button[data-label={other}][data-answer={answer}]").click()
+    expect(tab.get_by_text(views.mistakes(subject, other, answer)[1].replace("**", ""))).to_be_visible()
     assert visit.trouble == []
     tab.close()
 
 
-def test_a_bad_file_in_a_browser(loaded, page, browser, tmp_path):
+def test_the_picker_in_a_browser(page, browser):
+    visit = Visit(browser, page.local_url, "light", 1280)
+    visit.tab.get_by_role("link", name="the-second").click()
+    expect(visit.tab.locator("h1")).to_have_text("Where the-second looks")
+    visit.tab.get_by_role("tab", name="Mistakes").click()
+    expect(visit.tab.get_by_text("the-second has not been examined: vit-cifar examine")).to_be_visible()
+    assert visit.trouble == []
+    visit.tab.close()
+
+
+def test_a_bad_file_in_a_browser(subject, page, browser, tmp_path):
     visit = Visit(browser, page.local_url, "light", 1280)
     (tmp_path / "words.png").write_text("these are words")
     visit.tab.set_input_files("#source input[type=file]", tmp_path / "words.png")
@@ -332,11 +522,11 @@ def test_a_bad_file_in_a_browser(loaded, page, browser, tmp_path):
     assert visit.tab.locator("#answer h2").count() == 0  # no answer to the picture before stays on the page
     visit.tab.get_by_role("button", name="ship icon").click()
     visit.tab.wait_for_selector("#answer h2")
-    visit.wait_for_answer(truth(loaded, open_image(EXAMPLES / "ship.png"))[0])
+    visit.wait_for_answer(truth(subject, open_image(EXAMPLES / "ship.png"))[0])
     visit.tab.close()
 
 
-def test_clearing_and_dropping_in_a_browser(loaded, page, browser):
+def test_clearing_and_dropping_in_a_browser(subject, page, browser):
     visit = Visit(browser, page.local_url, "light", 1280)
     seen = visit.picture(SEEN)
     file = visit.tab.evaluate_handle(
@@ -349,7 +539,7 @@ def test_clearing_and_dropping_in_a_browser(loaded, page, browser):
     )
     visit.tab.dispatch_event("#source .upload-container", "drop", {"dataTransfer": file})
     visit.wait_for_another(SEEN, seen)
-    visit.wait_for_answer(truth(loaded, open_image(EXAMPLES / "deer.png"))[0])
+    visit.wait_for_answer(truth(subject, open_image(EXAMPLES / "deer.png"))[0])
 
     visit.tab.get_by_label("Remove Image").click()
     visit.tab.wait_for_selector("#answer h2", state="detached")

@@ -105,7 +105,7 @@ def test_the_confusion_table_holds_the_records_numbers(subject):
     found = {(button["data-label"], button["data-answer"]): button["aria-label"] for button in cells.buttons}
     for label, counts in zip(record["classes"], record["confusion"], strict=True):
         for answer, count in zip(record["classes"], counts, strict=True):
-            assert re.match(rf"{count} images of {label} ", found[label, answer])
+            assert re.fullmatch(rf"{label} (answered|taken for) {answer}: {count} of 1000", found[label, answer])
         assert f"{record['test_accuracy_per_class'][label]:.1%}" in cells.words
     odd = record | {"classes": ["<b>" + name for name in record["classes"]]}
     odd["test_accuracy_per_class"] = dict.fromkeys(odd["classes"], 0.5)

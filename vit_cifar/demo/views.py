@@ -234,9 +234,7 @@ def confusion_table(examination: Examination) -> str:
         for answer, count in zip(names, counts, strict=True):
             kind = "right" if answer == name else "wrong"
             share = min(1, count / sum(counts) * (1 if kind == "right" else 8))  # mistakes are rare: deeper colour
-            what = (
-                f"{count} images of {name} taken for {answer}" if kind == "wrong" else f"{count} images of {name} right"
-            )
+            what = f"{name} {'answered' if kind == 'right' else 'taken for'} {answer}: {count} of {sum(counts)}"
             cells += (
                 f'<td><button class="{kind}" style="--share: {share:.2f}" aria-label="{what}" title="{what}" '
                 f'data-label="{name}" data-answer="{answer}">{count}</button></td>'
