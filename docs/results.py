@@ -15,6 +15,7 @@ from vit_cifar.training.arguments import parse_arguments
 
 ROOT = Path(__file__).parents[1]
 FINETUNING = runpy.run_path(str(ROOT / "docs" / "finetuning.py"))
+PAGE = runpy.run_path(str(ROOT / "docs" / "page.py"))
 NOT_RUN_YET = ("small", "small_long")  # they need a GPU
 
 
@@ -107,8 +108,18 @@ def faithfulness() -> str:
     return "\n".join([*rows, "", words])
 
 
+def page() -> str:
+    return PAGE["words"](json.loads(PAGE["RECORD"].read_text()))
+
+
 def fill(readme: str) -> str:
-    tables = {"results": results(), "speed": speed(), "finetuning": finetuning(), "faithfulness": faithfulness()}
+    tables = {
+        "results": results(),
+        "speed": speed(),
+        "finetuning": finetuning(),
+        "faithfulness": faithfulness(),
+        "page": page(),
+    }
     return fill_tables(readme, "docs/results.py", tables)
 
 

@@ -1,0 +1,101 @@
+"""Times the page: from the start of `python app.py` to the first prediction, and one visitor's predictions after that.
+
+python docs/page.py   # writes page.json; nothing else should run meanwhile
+"""
+
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from time import perf_counter, sleep
+
+import httpx
+from gradio_client import Client, handle_file
+
+from vit_cifar.evaluation import records
+from vit_cifar.models import DEFAULT_MODEL, load_model
+
+ROOT = Path(__file__).parents[1]
+RECORD = ROOT / "docs" / "page.json"
+EXAMPLES = sorted((ROOT / "vit_cifar" / "demo" / "assets" / "examples").glob("*.png"))
+PREDICTIONS = 200
+
+
+def predict(client: Client, number: int) -> float:
+    """Seconds of one prediction with all maps but occlusion: upload, answer, pictures."""
+    start = perf_counter()
+    client.predict(handle_file(EXAMPLES[number % len(EXAMPLES)]), 1, "mean", api_name="/predict")
+    return perf_counter() - start
+
+
+def start_page() -> tuple[subprocess.Popen, Client]:
+    """The page in a process of its own, and a visitor to it once it answers."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = os.environ | {"GRADIO_SERVER_PORT": str(port), "HF_HUB_OFFLINE": "1"}
+    app = subprocess.Popen([sys.executable, "app.py"], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
+    while app.poll() is None:
+        try:
+            httpx.get(f"{url}/config", timeout=10)
+            return app, Client(url, verbose=False)
+        except httpx.ConnectError:
+            sleep(0.05)
+    raise RuntimeError(f"app.py ended with code {app.returncode}")
+
+
+def measure() -> dict:
+    starts = []
+    for _ in range(3):
+        start = perf_counter()
+        app, client = start_page()
+        try:
+            predict(client, 0)
+            starts.append(perf_counter() - start)
+            if len(starts) == 3:
+                seconds = [predict(client, number) for number in range(PREDICTIONS)]
+        finally:
+            app.kill()
+            app.wait()
+    model = load_model()[0]
+    return {
+        "command": "python docs/page.py",
+        "git_commit": records.git_commit(ROOT),
+        "versions": records.versions(),
+        "hardware": records.hardware(),
+        "model": DEFAULT_MODEL,
+        "parameters": model.num_parameters(),
+        "seconds_to_first_prediction": starts,
+        "predictions": PREDICTIONS,
+        "seconds_of_a_prediction": {
+            "median": statistics.median(seconds),
+            "p95": statistics.quantiles(seconds, n=20)[-1],
+            "maximum": max(seconds),
+        },
+    }
+
+
+def words(record: dict) -> str:
+    """The record as Markdown."""
+    starts, one = record["seconds_to_first_prediction"], record["seconds_of_a_prediction"]
+    return (
+        f"On {record['hardware']['cores']} CPU cores the page gives its first prediction "
+        f"{statistics.median(starts):.1f} s after `python app.py` (median of {len(starts)} starts, "
+        f"{min(starts):.1f}–{max(starts):.1f}); after that a prediction with every map but occlusion takes "
+        f"{1000 * one['median']:.0f} ms, upload and answer included, and 95% of {record['predictions']} took at most "
+        f"{1000 * one['p95']:.0f} ms (`{record['command']}`)."
+    )
+
+
+def main() -> None:
+    record = measure()
+    RECORD.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    print(words(record))
+
+
+if __name__ == "__main__":
+    main()
