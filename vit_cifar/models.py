@@ -69,7 +69,7 @@ def load_model(
 
 
 def local_folder(name: str) -> Path:
-    """A model folder as it is; a Hub id as the folder of everything in its repository but code.
+    """The folder with what lies beside a model's weights; a Hub id's is downloaded.
 
     Raises:
         ModelError: there is no such model.
@@ -77,4 +77,4 @@ def local_folder(name: str) -> Path:
     if Path(name).is_dir():
         return Path(name)
     with _one_line(name):
-        return Path(snapshot_download(name, ignore_patterns=["*.py"]))
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.parquet", "model.safetensors"]))

@@ -1,7 +1,7 @@
 """The page's tabs, one function each: what it holds, and how it follows the picture."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import gradio as gr
 import matplotlib
@@ -15,7 +15,6 @@ from .views import Subject
 
 PICTURE = {"elem_classes": "picture", "format": "png", "interactive": False, "buttons": ["download"]}
 SQUARE = PICTURE | {"elem_classes": ["picture", "square"]}
-ITS_ANSWER = "its answer"
 QUICK = [name for name in METHODS if name != "occlusion"]  # occlusion asks the model once for each patch
 
 
@@ -25,18 +24,27 @@ class Tab:
 
     Attributes:
         outputs: what a new picture changes.
-        draw: (look at the picture, values of `inputs`) -> the values of `outputs`.
-        inputs: choices of the visitor that outlast a picture.
-        follow: given the event of a new picture, adds what takes longer.
+        draw: look at the picture -> the values of `outputs`; the maps' takes their choices as well.
     """
 
     outputs: list[Component]
     draw: Callable[..., list]
-    inputs: list[Component] = field(default_factory=list)
-    follow: Callable[[Dependency], None] = lambda event: None
 
 
-def methods(subject: Subject, state: gr.State) -> Tab:
+@dataclass(frozen=True)
+class Maps(Tab):
+    """The tab whose choices outlast a picture.
+
+    Attributes:
+        choices: class, layer and head; the class as its name, "" for the model's answer.
+        follow: given the event of a new picture, adds occlusion, which takes longer.
+    """
+
+    choices: list[Component]
+    follow: Callable[[Dependency], None]
+
+
+def methods(subject: Subject, state: gr.State, start: Look) -> Maps:
     """Each method's map, side by side, for a class to choose."""
     config = subject.model.config
     layers = list(range(1, config.num_hidden_layers + 1))
@@ -48,30 +56,32 @@ def methods(subject: Subject, state: gr.State) -> Tab:
             message = f"expected a layer of {layers} and a head of {heads}, got {layer!r} and {head!r}"
             raise gr.Error(message, print_exception=False)
         found = views.explanations(subject, seen, QUICK, layer, head)
-        drawn = [views.overlays(found["attention"])["classic"], ""]
+        drawn = [views.overlay(found["attention"], "classic"), ""]
         for explanation in found.values():
-            drawn += [views.overlays(explanation)["colour"], views.caption(explanation)]
+            drawn += [views.overlay(explanation), views.caption(explanation)]
         return drawn
 
     def redraw(pixel_values: torch.Tensor | None, target: str, layer: int, head: str) -> list:
         """The quick methods' pictures and captions of the picture that is shown, for another class, layer or head."""
-        return [None, ""] * (len(quick) // 2) if pixel_values is None else draw(look(pixel_values, target), layer, head)
+        if pixel_values is None:
+            return [None, ""] * (len(quick) // 2)
+        return draw(subject.look(pixel_values, target), layer, head)
 
     def occlude(pixel_values: torch.Tensor | None, target: str) -> list:
         """Occlusion's picture and caption."""
         if pixel_values is None:
             return [None, ""]
-        found = views.explanations(subject, look(pixel_values, target), ["occlusion"])["occlusion"]
-        return [views.overlays(found)["colour"], views.caption(found)]
+        return occluded(subject.look(pixel_values, target))
 
-    def look(pixel_values: torch.Tensor, target: str) -> Look:
-        return subject.look(pixel_values, None if target == ITS_ANSWER else target)
+    def occluded(seen: Look) -> list:
+        found = views.explanations(subject, seen, ["occlusion"])["occlusion"]
+        return [views.overlay(found), views.caption(found)]
 
     with gr.Tab("Maps"), gr.Row(elem_id="maps"):
         with gr.Column():
             target = gr.Dropdown(
-                [ITS_ANSWER, *subject.classes],
-                value=ITS_ANSWER,
+                [("its answer", ""), *subject.classes],
+                value="",
                 label="Class to explain",
                 info="for gradient rollout and occlusion",
             )
@@ -81,49 +91,34 @@ def methods(subject: Subject, state: gr.State) -> Tab:
             gr.HTML(f'<p class="scale">least <i style="background: linear-gradient(90deg, {colours})"></i> most</p>')
         with gr.Row(elem_id="methods"):
             quick, slow = [], []
-            values = iter(redraw(state.value, ITS_ANSWER, layers[-1], "mean"))
+            values = iter(draw(start, layers[-1], "mean"))
             quick += _figure("attention, classic", "Your picture, dark where the model attends little", values)
             for name in METHODS:
-                own = iter(occlude(state.value, ITS_ANSWER)) if name == "occlusion" else values
+                own = iter(occluded(start)) if name == "occlusion" else values
                 score = f"{name}, {subject.score(name)}"
                 figure = _figure(score, f"Your picture under a colour map of {name}", own)
                 (slow if name == "occlusion" else quick).extend(figure)
         with gr.Column(elem_id="words"):
             gr.Markdown(
-                "Each map has a colour scale of its own: mind the numbers below it.\n\n"
+                "Each map has a colour scale of its own: mind the numbers below it. Entropy is how evenly the map is "
+                "spread over the patches; “class token to itself” is what it keeps for itself.\n\n"
                 f"{views.score_words(subject)}\n\n"
                 "A map shows what the answer was made from. It is not a reason."
             )
 
-    options = {"show_progress": "minimal", "trigger_mode": "always_last"}
-    gr.on(
-        [layer.input, head.input],
-        redraw,
-        [state, target, layer, head],
-        quick,
-        api_name="redraw",
-        concurrency_id="picture",
-        **options,
-    )
+    options = {"show_progress": "minimal", "trigger_mode": "always_last", "concurrency_id": "picture"}
+    choices = [target, layer, head]
+    gr.on([layer.input, head.input], redraw, [state, *choices], quick, api_name="redraw", **options)
+    chosen = target.input(redraw, [state, *choices], quick, api_visibility="private", **options)
+    chosen.success(occlude, [state, target], slow, api_name="occlusion", **options)
 
     def follow(event: Dependency) -> None:
-        event.success(occlude, [state, target], slow, api_visibility="private", concurrency_id="occlusion", **options)
+        event.success(occlude, [state, target], slow, api_visibility="private", **options)
 
-    chosen = target.input(
-        redraw,
-        [state, target, layer, head],
-        quick,
-        api_visibility="private",
-        concurrency_id="picture",
-        **options,
-    )
-    chosen.success(occlude, [state, target], slow, api_name="occlusion", concurrency_id="occlusion", **options)
-    return Tab(
-        outputs=[target, *slow, *quick],
-        draw=lambda seen, layer, head: [ITS_ANSWER, None, "", *draw(seen, layer, head)],
-        inputs=[layer, head],
-        follow=follow,
-    )
+    def draw_all(seen: Look, layer: int, head: str) -> list:
+        return [None, "", *draw(seen, layer, head)]  # occlusion comes later
+
+    return Maps([*slow, *quick], draw_all, choices, follow)
 
 
 def _figure(label: str, alt_text: str, values: Iterator) -> list[Component]:
@@ -131,14 +126,14 @@ def _figure(label: str, alt_text: str, values: Iterator) -> list[Component]:
         return [gr.Image(next(values), label=label, alt_text=alt_text, **SQUARE), gr.Markdown(next(values))]
 
 
-def layers_and_heads(subject: Subject, state: gr.State) -> Tab:
+def layers_and_heads(subject: Subject, start: Look) -> Tab:
     """Every head of every layer in one strip."""
     with gr.Tab("All heads"):
         gr.Markdown(
             "A row for each layer, from the first down; what the class token attends to, each in its own scale."
         )
         strip = gr.Image(
-            views.strip(subject, subject.look(state.value)),
+            views.strip(subject, start),
             show_label=False,
             alt_text="Your picture under the attention of every head of every layer",
             elem_id="strip",
@@ -174,6 +169,11 @@ def hide_patches(subject: Subject, state: gr.State) -> Tab:
             for column in range(columns)
         ]
         _, chances, picture, words = start(state.value)
+        with gr.Column():
+            said = gr.Markdown(words)
+            one_more = gr.Button("Hide the patch it looks at most", size="sm")
+            none = gr.Button("Show all", size="sm")
+            answer = gr.Label(chances, label="What it says now", num_top_classes=5)
         # The boxes lie over the picture, one on each patch.
         with gr.Column(elem_id="board"):
             gr.HTML(f"<style>#board {{ --columns: {columns} }}</style>")
@@ -183,11 +183,6 @@ def hide_patches(subject: Subject, state: gr.State) -> Tab:
             cells = gr.CheckboxGroup(
                 names, value=[], label="Hidden patches", container=False, show_label=False, elem_id="cells"
             )
-        with gr.Column():
-            said = gr.Markdown(words)
-            one_more = gr.Button("Hide the patch it looks at most", size="sm")
-            none = gr.Button("Show all", size="sm")
-            answer = gr.Label(chances, label="What it says now", num_top_classes=5)
 
     shown = [answer, board, said]
     options = {"show_progress": "hidden", "trigger_mode": "always_last", "concurrency_id": "picture"}
@@ -222,8 +217,11 @@ def mistakes(subject: Subject) -> None:
         pictures, words = show(label, answer)
         gr.Markdown(
             f"{record['test_accuracy']:.2%} of {record['images']['test']:,} test images are right. "
-            "A row for each class, a column for each answer: **click a number to see its images.**"
+            "A row for each class, a column for each answer: **click a number, or choose, to see its images.**"
         )
+        with gr.Row():
+            label = gr.Dropdown(classes, value=label, label="Images of", min_width=120)
+            answer = gr.Dropdown(classes, value=answer, label="Answered", min_width=120)
         table = gr.HTML(
             views.confusion_table(examination),
             js_on_load="""element.addEventListener("click", (event) => {
@@ -232,9 +230,6 @@ def mistakes(subject: Subject) -> None:
             });""",
             apply_default_css=False,
         )
-        with gr.Row():
-            label = gr.Dropdown(classes, value=label, label="Images of", min_width=120)
-            answer = gr.Dropdown(classes, value=answer, label="Answered", min_width=120)
         said = gr.Markdown(words)
         gallery = gr.Gallery(
             pictures,
@@ -245,16 +240,19 @@ def mistakes(subject: Subject) -> None:
             height=None,
             format="png",
             interactive=False,
+            buttons=["download"],
             elem_id="mistakes",
         )
         gr.Markdown("## How far to believe its probabilities\n" + views.calibration_words(examination))
         gr.Image(
-            views.reliability_picture(examination),
+            views.reliability_picture(subject),
             show_label=False,
-            alt_text="Share of right answers against the probability that the model gives them",
+            alt_text=views.reliability_alt(examination),
             elem_id="reliability",
             **PICTURE,
         )
         options = {"show_progress": "minimal", "trigger_mode": "always_last", "concurrency_id": "picture"}
-        table.click(show_cell, None, [label, answer, gallery, said], api_visibility="private", **options)
+        # "multiple": a delayed event of this kind would carry the first click's cell.
+        cell = options | {"trigger_mode": "multiple", "api_visibility": "private"}
+        table.click(show_cell, None, [label, answer, gallery, said], **cell)
         gr.on([label.input, answer.input], show, [label, answer], [gallery, said], api_name="mistakes", **options)

@@ -19,13 +19,12 @@ from ..evaluation.records import RecordError
 from ..explain.attention import cls_map
 from ..explain.overlay import classic_overlay, colour_overlay, denormalize
 from ..explain.perturbation import METHODS, Look, hide_patches, look
-from ..explain.pictures import Explanation, explain, name_of
+from ..explain.pictures import UNITS, Explanation, explain, name_of
 from ..images import ImageError, open_image
 from ..modeling_vit_cifar import ViTCifarForImageClassification
 from ..models import BUNDLED_MODELS, DEFAULT_MODEL, load_model, local_folder
 
-PICTURE_SIZE = 256  # pixels; the model's own 32 are far too few for a screen
-UNSURE = 0.6  # below this probability the page doubts the answer aloud
+PICTURE_SIZE = 256  # pixels at most; the model's own 32 are far too few for a screen
 SHOWN_MISTAKES = 12
 
 
@@ -61,10 +60,10 @@ class Subject:
         """Normalised (B, 3, H, W) -> 0..1."""
         return denormalize(pixel_values.float().cpu(), self.processor.image_mean, self.processor.image_std)
 
-    def look(self, pixel_values: torch.Tensor, class_name: str | None = None) -> Look:
-        """Both passes for one image, towards one class; None for the model's answer."""
-        chosen = None if class_name is None else torch.tensor([self.classes.index(class_name)])
-        return look(self.model, pixel_values, chosen if chosen is None else chosen.to(pixel_values.device))
+    def look(self, pixel_values: torch.Tensor, class_name: str = "") -> Look:
+        """Both passes for one image, towards one class; "" for the model's answer."""
+        chosen = torch.tensor([self.classes.index(class_name)], device=pixel_values.device) if class_name else None
+        return look(self.model, pixel_values, chosen)
 
     def score(self, method: str) -> str:
         """How far this model's examination found that the method can be trusted."""
@@ -82,19 +81,19 @@ def load_subjects(name: str | None) -> list[Subject]:
     Raises:
         ModelError: there is no such model.
     """
-    if name is None:
-        folders = sorted(BUNDLED_MODELS.glob("*/"), key=lambda folder: (folder.name != DEFAULT_MODEL, folder.name))
-    else:
-        folders = [local_folder(name)]
+    names = [name]
+    if name is None and BUNDLED_MODELS.is_dir():
+        folders = [path.parent for path in BUNDLED_MODELS.glob("*/config.json")]
+        names = [str(folder) for folder in sorted(folders, key=lambda path: (path.name != DEFAULT_MODEL, path.name))]
     subjects = []
-    for folder in folders or [None]:
-        model, processor = load_model(folder and str(folder))
+    for name in names:
+        model, processor = load_model(name)
         try:
-            examination = read_examination(folder)
+            examination = read_examination(local_folder(name))
         except RecordError as error:  # the page is of use without it
             print(error, file=sys.stderr)
             examination = None
-        subjects.append(Subject(name_of(name or str(folder)), model, processor, examination))
+        subjects.append(Subject(name_of(name), model, processor, examination))
     return subjects
 
 
@@ -114,7 +113,8 @@ def open_upload(upload: dict | None, folder: str) -> Image.Image:
 def to_picture(image: torch.Tensor, said: dict[str, str] | None = None) -> Image.Image:
     """(3, H, W), 0..1 -> an image in which every pixel of the model is a visible square; a PNG of it carries `said`."""
     picture = F.to_pil_image((image * 255).round().byte())
-    picture = picture.resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.NEAREST)
+    times = max(1, PICTURE_SIZE // max(picture.size))
+    picture = picture.resize((times * picture.width, times * picture.height), Image.Resampling.NEAREST)
     picture.info = said or {}
     return picture
 
@@ -124,10 +124,11 @@ def probabilities(subject: Subject, logits: torch.Tensor) -> dict[str, float]:
     return dict(zip(subject.classes, logits.float().softmax(-1).tolist(), strict=True))
 
 
-def caution(chances: dict[str, float]) -> str:
-    """The plain word beside an answer, as Markdown."""
+def caution(subject: Subject, chances: dict[str, float]) -> str:
+    """The plain word beside an answer, as Markdown; stronger where the answer is as likely wrong as right."""
     always = f"It cannot say “none of these”: any picture is forced into one of its {len(chances)} classes."
-    if max(chances.values()) >= UNSURE:
+    bound = subject.examination.record["doubtful_below"] if subject.examination else 0.5
+    if max(chances.values()) >= bound:
         return always
     return f"**It is not sure: {max(chances.values()):.0%}. Perhaps your picture shows none of its classes.** {always}"
 
@@ -139,16 +140,16 @@ def explanations(
     return {name: explain(seen, subject.processor, subject.name, name, layer, head) for name in methods}
 
 
-def overlays(found: Explanation) -> dict[str, Image.Image]:
-    """The map over the image, `classic` and `colour`."""
-    values, image = found.found.values.cpu(), found.image[None]
-    kinds = {"classic": classic_overlay, "colour": colour_overlay}
-    return {name: to_picture(draw(values, image)[0], found.said() | {"overlay": name}) for name, draw in kinds.items()}
+def overlay(found: Explanation, kind: str = "colour") -> Image.Image:
+    """The map over the image, `classic` or `colour`."""
+    draw = {"classic": classic_overlay, "colour": colour_overlay}[kind]
+    return to_picture(draw(found.found.values.cpu(), found.image[None])[0], found.said() | {"overlay": kind})
 
 
 def caption(found: Explanation) -> str:
-    """What the colours hide."""
-    return ", ".join(f"{name} {value}" for name, value in found.numbers().items())
+    """What the colours hide, with its unit."""
+    numbers = ", ".join(f"{name} {value}" for name, value in found.numbers().items())
+    return f"{UNITS[found.description['method']]}: {numbers}"
 
 
 def strip(subject: Subject, seen: Look) -> Image.Image:
@@ -204,8 +205,8 @@ def score_words(subject: Subject) -> str:
         return f"{subject.name} has not been examined, so its maps have no score."
     return (
         "**Score**: hide the patches that a map finds important, and the answer should go; show them alone, and it "
-        f"should come. Mean of {subject.examination.record['maps']['images']} test images, from −1 to 1; a random "
-        "order gets about 0, more is better."
+        f"should come. Mean of {subject.examination.record['maps']['images']} test images, from −1 to 1, for the "
+        "model's answer and, of attention, for the last layer's mean; a random order gets about 0, more is better."
     )
 
 
@@ -229,18 +230,21 @@ def confusion_table(examination: Examination) -> str:
     names = [escape(name) for name in record["classes"]]
     head = "".join(f'<th scope="col"><span>{name}</span></th>' for name in names)
     rows = []
-    for name, counts in zip(names, record["confusion"], strict=True):
+    for name, label, counts in zip(names, record["classes"], record["confusion"], strict=True):
         cells = ""
         for answer, count in zip(names, counts, strict=True):
             kind = "right" if answer == name else "wrong"
-            share = min(1, count / sum(counts) * (1 if kind == "right" else 8))  # mistakes are rare: deeper colour
+            share = min(
+                1, count / max(1, sum(counts)) * (1 if kind == "right" else 8)
+            )  # mistakes are rare: deeper colour
             what = f"{name} {'answered' if kind == 'right' else 'taken for'} {answer}: {count} of {sum(counts)}"
             cells += (
                 f'<td><button class="{kind}" style="--share: {share:.2f}" aria-label="{what}" title="{what}" '
                 f'data-label="{name}" data-answer="{answer}">{count}</button></td>'
             )
-        right = record["test_accuracy_per_class"][record["classes"][len(rows)]]
-        rows.append(f'<tr><th scope="row">{name}</th>{cells}<td class="accuracy">{right:.1%}</td></tr>')
+        right = record["test_accuracy_per_class"].get(label)  # a class may have no test image
+        share = "–" if right is None else f"{right:.1%}"
+        rows.append(f'<tr><th scope="row">{name}</th>{cells}<td>{share}</td></tr>')
     return (
         f'<table class="confusion"><thead><tr><td></td>{head}'
         f'<th scope="col"><span>accuracy</span></th></tr></thead><tbody>{"".join(rows)}</tbody></table>'
@@ -274,31 +278,40 @@ def mistakes(subject: Subject, label: str, answer: str) -> tuple[list[tuple[Imag
     images = subject.seen(pixel_values)
     maps = colour_overlay(METHODS["gradient rollout"](seen).values.cpu(), images)
     pictures = interpolate(torch.cat([images, maps], dim=3), scale_factor=4)  # nearest: pixels stay pixels
-    captions = [
-        f"{answer} {confidence:.0%}, #{index}" for (confidence, _), index in zip(found, shown["index"], strict=True)
-    ]
-    return [
-        (F.to_pil_image((picture * 255).round().byte()), text) for picture, text in zip(pictures, captions, strict=True)
-    ], said
+    gallery = []
+    for (confidence, _), index, picture in zip(found, shown["index"], pictures, strict=True):
+        image = F.to_pil_image((picture * 255).round().byte())
+        image.info = {
+            "model": subject.name,
+            "method": "gradient rollout",
+            "class": answer,
+            "label": label,
+            "test image": str(index),
+        }
+        gallery.append((image, f"{answer} {confidence:.0%}, #{index}"))
+    return gallery, said
 
 
-def reliability_picture(examination: Examination) -> Image.Image:
-    """The reliability diagram (Guo et al. 2017, figure 1) on nothing, to be seen on a light and on a dark page."""
+def reliability_picture(subject: Subject) -> Image.Image:
+    """The reliability diagram (Guo et al. 2017, figure 1)."""
     figure = Figure(figsize=(5, 4), layout="constrained")
     axes = figure.add_subplot()
     axes.plot([0, 1], [0, 1], color="0.5", linestyle=":", label="right as often as it says")
-    for (name, found), colour in zip(examination.record["calibration"].items(), ("C1", "C0"), strict=True):
+    for name, found in subject.examination.record["calibration"].items():
         points = found["reliability"]
-        axes.plot([p["confidence"] for p in points], [p["accuracy"] for p in points], "o-", color=colour, label=name)
+        axes.plot([p["confidence"] for p in points], [p["accuracy"] for p in points], "o-", label=name)
     axes.set(xlabel="probability that it gives its answer", ylabel="share of right answers", xlim=(0, 1), ylim=(0, 1))
-    axes.legend(framealpha=0, labelcolor="0.5")
-    axes.tick_params(colors="0.5")
-    for part in (axes.xaxis.label, axes.yaxis.label):
-        part.set_color("0.5")
-    axes.patch.set_alpha(0)
+    axes.legend()
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, transparent=True)
+    figure.savefig(buffer, format="png", dpi=110, metadata={"model": subject.name, "shows": "reliability"})
     return Image.open(buffer)
+
+
+def reliability_alt(examination: Examination) -> str:
+    """The diagram for those who do not see it."""
+    points = examination.record["calibration"]["as trained"]["reliability"]
+    pairs = ", ".join(f"{p['accuracy']:.0%} at {p['confidence']:.0%}" for p in points)
+    return f"Share of right answers against the probability that the model gives them: {pairs}"
 
 
 def calibration_words(examination: Examination) -> str:

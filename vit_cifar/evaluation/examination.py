@@ -23,7 +23,7 @@ from ..modeling_vit_cifar import ViTCifarForImageClassification
 from ..models import load_model
 from ..training.data import CIFAR10_NAME, ImageDataset, load_split, normalize, split_off_validation
 from . import records
-from .metrics import calibration_error, evaluate, fit_temperature, reliability
+from .metrics import calibration_error, doubtful_below, evaluate, fit_temperature, reliability
 
 EXAMINATION_NAME = "examination.json"
 MISTAKES_NAME = "mistakes.parquet"
@@ -79,6 +79,7 @@ def examine(
         "test_accuracy_per_class": test.per_class,
         "confusion": test.confusion.tolist(),  # row: label, column: prediction
         "temperature": temperature,
+        "doubtful_below": doubtful_below(validation.logits.softmax(-1), validation_set.labels),
         "calibration": calibration,
         "maps": examine_maps(model, processor, test_set.subset(some)),
     }
@@ -209,7 +210,7 @@ def read_examination(folder: str | Path) -> Examination | None:
     """What lies beside the weights; None if nothing does.
 
     Raises:
-        records.RecordError: it belongs to other weights, or one of the two files is missing.
+        records.RecordError: it belongs to other weights, or one of the two files is missing or damaged.
     """
     folder = Path(folder)
     paths = [folder / EXAMINATION_NAME, folder / MISTAKES_NAME]
@@ -218,8 +219,11 @@ def read_examination(folder: str | Path) -> Examination | None:
     for path in paths:
         if not path.is_file():
             raise records.RecordError(f"{folder}: expected {EXAMINATION_NAME} and {MISTAKES_NAME}, got no {path.name}")
-    record = json.loads(paths[0].read_text())
-    rows = datasets.Dataset.from_parquet(str(paths[1]))
+    try:
+        record = json.loads(paths[0].read_text())
+        rows = datasets.Dataset.from_parquet(str(paths[1]))
+    except Exception as error:  # a damaged parquet file can be of any type in the libraries below
+        raise records.RecordError(f"{folder}: expected an examination, got files that cannot be read") from error
     found, expected = {record["weights_sha256"], *rows.unique("weights_sha256")}, records.weights_sha256(folder)
     if found != {expected}:
         raise records.RecordError(

@@ -88,6 +88,20 @@ def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
     return log_temperature.exp().item()
 
 
+def doubtful_below(probabilities: torch.Tensor, labels: torch.Tensor) -> float:
+    """The largest confidence such that at most half of the answers given with less were right; 0 if there is none.
+
+    Args:
+        probabilities: (N, classes), of images held out of training. labels: (N,).
+    """
+    confidence, prediction = probabilities.max(dim=1)
+    order = confidence.argsort()
+    right = (prediction == labels)[order].float()
+    share = right.cumsum(0) / torch.arange(1, len(right) + 1)
+    half = (share <= 0.5).nonzero()
+    return confidence[order][half[-1]].item() if len(half) else 0.0
+
+
 def calibration_error(probabilities: torch.Tensor, labels: torch.Tensor, bins: int = 15) -> float:
     """Expected calibration error (Guo et al. 2017, equation 3): how far the confidence in the answer and the share of
     right answers are apart, on average over images, in 0..1.

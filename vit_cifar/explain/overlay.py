@@ -74,7 +74,8 @@ def figure_with_colourbar(
     figure = Figure(figsize=(5, 4), layout="constrained")
     axes = figure.add_subplot()
     axes.imshow(picture.numpy(), interpolation="nearest")
-    axes.set(xticks=[], yticks=[], title=title)
+    axes.set(xticks=[], yticks=[])
+    axes.set_title(title, parse_math=False)  # a class may be called $
     scale = matplotlib.colors.Normalize(resized.min().item(), resized.max().item())
     figure.colorbar(matplotlib.cm.ScalarMappable(scale, colormap), ax=axes, label=unit)
     return figure
