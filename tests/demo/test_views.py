@@ -13,6 +13,7 @@ from vit_cifar.demo.views import Subject, load_subjects
 from vit_cifar.explain.attention import cls_map
 from vit_cifar.explain.overlay import colour_overlay
 from vit_cifar.explain.perturbation import METHODS
+from vit_cifar.explain.pictures import UNITS
 from vit_cifar.images import open_image
 from vit_cifar.models import BUNDLED_MODELS, DEFAULT_MODEL, ModelError
 
@@ -68,19 +69,24 @@ def test_the_next_patch_is_the_largest_of_those_still_shown(subject, pixel_value
 def test_pictures_say_what_they_show(subject, pixel_values, tmp_path):
     found = views.explanations(subject, subject.look(pixel_values, "cat"), METHODS, layer=2, head="3")
     for method, explanation in found.items():
-        for kind, picture in views.overlays(explanation).items():
-            said = picture.info
+        for kind in ("classic", "colour"):
+            said = views.overlay(explanation, kind).info
             assert said["model"] == DEFAULT_MODEL and said["method"] == method and said["overlay"] == kind
             assert said["answer"].startswith("ship ")
             assert (said.get("layer"), said.get("head")) == (("2", "3") if method == "attention" else (None, None))
             assert said.get("class") == ("cat" if method in ("gradient rollout", "occlusion") else None)
-        assert f"minimum {explanation.found.minimum.item():.4g}, maximum" in views.caption(explanation)
+        expected = f"{UNITS[method]}: minimum {explanation.found.minimum.item():.4g}, maximum"
+        assert views.caption(explanation).startswith(expected)
 
 
-@pytest.mark.parametrize(("highest", "sure"), [(0.95, True), (0.6, True), (0.59, False), (0.1, False)])
-def test_the_word_is_stronger_when_the_answer_is_weak(highest, sure):
+@pytest.mark.parametrize(("difference", "sure"), [(0.1, True), (0.0, True), (-0.01, False), (-0.2, False)])
+@pytest.mark.parametrize("examined", [True, False])
+def test_the_word_is_stronger_when_the_answer_is_weak(subject, difference, sure, examined):
+    bound = subject.examination.record["doubtful_below"] if examined else 0.5
+    subject = subject if examined else replace(subject, examination=None)
+    highest = bound + difference
     chances = {"cat": highest} | {str(n): (1 - highest) / 9 for n in range(9)}
-    said = views.caution(chances)
+    said = views.caution(subject, chances)
     assert "forced into one of its 10 classes" in said
     assert ("not sure" in said) == (not sure) and (f"{highest:.0%}" in said) == (not sure)
 
@@ -113,6 +119,15 @@ def test_the_confusion_table_holds_the_records_numbers(subject):
     assert "<b>" not in table and Cells(table).buttons[0]["data-label"] == "<b>airplane"
 
 
+def test_a_class_without_test_images_has_no_accuracy(subject):
+    record = subject.examination.record
+    confusion = [[0] * 10, *record["confusion"][1:]]
+    accuracies = {name: value for name, value in record["test_accuracy_per_class"].items() if name != "airplane"}
+    changed = record | {"confusion": confusion, "test_accuracy_per_class": accuracies}
+    words = Cells(views.confusion_table(replace(subject.examination, record=changed))).words
+    assert words[words.index("airplane", 1) + 11] == "–"
+
+
 def test_mistakes_are_the_rows_of_that_pair_the_surest_first(subject):
     rows, names = subject.examination.answers, subject.classes
     for label, answer, surest_first in (("dog", "cat", True), ("frog", "frog", False)):
@@ -124,6 +139,9 @@ def test_mistakes_are_the_rows_of_that_pair_the_surest_first(subject):
         assert said.startswith(f"{subject.examination.record['confusion'][pair[0]][pair[1]]} test images of class")
         for row, (picture, caption) in zip(kept, pictures, strict=False):
             assert caption == f"{answer} {row['confidence']:.0%}, #{row['index']}"
+            said = picture.info
+            assert (said["model"], said["method"], said["class"]) == (DEFAULT_MODEL, "gradient rollout", answer)
+            assert (said["label"], said["test image"]) == (label, str(row["index"]))
             assert np.array_equal(np.asarray(picture)[::4, :128:4], np.asarray(row["image"]))
             seen = subject.look(subject.pixels(row["image"]), answer)
             assert seen.logits.argmax().item() == pair[1]
@@ -174,6 +192,17 @@ def test_all_models_of_the_checkout_the_default_first(tmp_path, monkeypatch, tin
         load_subjects("no such/folder/here")
 
 
-def test_the_reliability_diagram_is_seen_on_any_ground(subject):
-    picture = views.reliability_picture(subject.examination)
-    assert picture.mode == "RGBA" and picture.getpixel((2, 2))[3] == 0
+def test_the_reliability_diagram_has_words_and_metadata(subject):
+    assert views.reliability_picture(subject).text["model"] == DEFAULT_MODEL
+    points = subject.examination.record["calibration"]["as trained"]["reliability"]
+    alt = views.reliability_alt(subject.examination)
+    assert alt.endswith(f"{points[-1]['accuracy']:.0%} at {points[-1]['confidence']:.0%}")
+
+
+@pytest.mark.parametrize(("size", "shown"), [(32, 256), (48, 240), (300, 300)])
+def test_every_pixel_is_a_square_of_one_size(size, shown):
+    image = torch.rand(3, size, size)
+    picture = views.to_picture(image)
+    assert picture.size == (shown, shown)
+    times = shown // size
+    assert (as_pixels(picture) - image.repeat_interleave(times, 1).repeat_interleave(times, 2)).abs().max() < 1 / 250

@@ -104,6 +104,9 @@ def test_it_lies_beside_the_weights_and_is_refused_beside_others(found, tmp_path
     shutil.move(folder / MISTAKES_NAME, tmp_path / "other")
     with pytest.raises(ValueError, match=f"expected {EXAMINATION_NAME} and {MISTAKES_NAME}, got no {MISTAKES_NAME}"):
         read_examination(folder)
+    (folder / MISTAKES_NAME).write_bytes((tmp_path / "other").read_bytes()[:500])
+    with pytest.raises(ValueError, match="expected an examination, got files that cannot be read"):
+        read_examination(folder)
     shutil.move(tmp_path / "other", folder / MISTAKES_NAME)
     weights = bytearray((folder / "model.safetensors").read_bytes())
     weights[-1] ^= 1

@@ -2,7 +2,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vit_cifar.evaluation.metrics import calibration_error, evaluate, fit_temperature, reliability
+from vit_cifar.evaluation.metrics import calibration_error, doubtful_below, evaluate, fit_temperature, reliability
 from vit_cifar.models import load_model
 from vit_cifar.training.data import load_split
 
@@ -57,3 +57,17 @@ def test_calibration_error_and_reliability_equal_sorting_into_bins_by_hand():
     assert [point["images"] for point in points] == [len(bins[number]) for number in sorted(bins)]
     for point, number in zip(points, sorted(bins), strict=True):
         assert [point["confidence"], point["accuracy"]] == pytest.approx(means[number], abs=1e-5)
+
+
+def test_below_the_doubtful_confidence_at_most_half_are_right():
+    generator = torch.Generator().manual_seed(0)
+    probabilities = (3 * torch.randn(500, 10, generator=generator)).softmax(-1)
+    confidence, prediction = probabilities.max(dim=1)
+    right = torch.rand(500, generator=generator) < confidence**2
+    labels = torch.where(right, prediction, (prediction + 1) % 10)
+    bound = doubtful_below(probabilities, labels)
+    assert 0.5 < bound < confidence.max()
+    assert right[confidence <= bound].float().mean() <= 0.5
+    for larger in confidence[confidence > bound]:
+        assert right[confidence <= larger].float().mean() > 0.5
+    assert doubtful_below(probabilities, prediction) == 0  # nothing wrong, nothing doubtful

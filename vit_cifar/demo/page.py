@@ -125,7 +125,9 @@ def _show(subject: Subject) -> None:
     }
     events = [
         source.upload(predict, [source, *maps.choices], outputs, api_name="predict", **options),
-        upload.upload(predict, [upload, *maps.choices], outputs, api_visibility="private", **options),
+        upload.upload(
+            predict, [upload, *maps.choices], outputs, api_name="upload", api_visibility="private", **options
+        ),
     ]
     for button in examples:
         icon = button.icon["path"]

@@ -127,10 +127,11 @@ def probabilities(subject: Subject, logits: torch.Tensor) -> dict[str, float]:
 def caution(subject: Subject, chances: dict[str, float]) -> str:
     """The plain word beside an answer, as Markdown; stronger where the answer is as likely wrong as right."""
     always = f"It cannot say “none of these”: any picture is forced into one of its {len(chances)} classes."
-    bound = subject.examination.record["doubtful_below"] if subject.examination else 0.5
-    if max(chances.values()) >= bound:
+    highest, examination = max(chances.values()), subject.examination
+    if highest >= (examination.record["doubtful_below"] if examination else 0.5):
         return always
-    return f"**It is not sure: {max(chances.values()):.0%}. Perhaps your picture shows none of its classes.** {always}"
+    half = "Of the held-out images that it answered this weakly, half were answered wrongly. " if examination else ""
+    return f"**It is not sure: {highest:.0%}.** {half}Perhaps your picture shows none of its classes. {always}"
 
 
 def explanations(
