@@ -52,12 +52,13 @@ def test_frozen_weights_change_nothing(pixel_values):
 def test_occlusion_equals_painting_patch_by_patch(model, pixel_values):
     classes = torch.tensor([3, 8, 8, 0, 6, 1])
     found = METHODS["occlusion"](look(model, pixel_values, classes))
-    assert found.values.shape == (6, 8, 8) and found.to_itself is None
+    size = model.config.patch_size
+    assert found.values.shape == (6, 32 // size, 32 // size) and found.to_itself is None
     whole = model(pixel_values).logits.softmax(-1)
-    for row in range(8):
-        for column in range(8):
+    for row in range(32 // size):
+        for column in range(32 // size):
             painted = pixel_values.clone()
-            painted[:, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] = 0
+            painted[:, :, size * row : size * (row + 1), size * column : size * (column + 1)] = 0
             fall = (whole - model(painted).logits.softmax(-1))[torch.arange(6), classes]
             torch.testing.assert_close(found.values[:, row, column], fall.detach(), atol=1e-5, rtol=1e-4)
 
@@ -79,25 +80,28 @@ def test_an_image_has_the_same_map_in_any_batch_and_in_a_grid_that_is_not_square
     wide = pixel_values.repeat(1, 1, 1, 2)[..., :48]
     classes = torch.arange(6)
     found = METHODS[name](look(model, wide, classes))
-    assert found.values.shape == (6, 8, 12)
+    size = model.config.patch_size
+    assert found.values.shape == (6, 32 // size, 48 // size)
     alone = METHODS[name](look(model, wide[:1], classes[:1]))
     torch.testing.assert_close(alone.values[0], found.values[0], atol=1e-5, rtol=1e-3)
 
 
 def test_deletion_and_insertion_equal_painting_one_image_after_another(model, pixel_values):
     classes = torch.tensor([3, 8, 8, 0, 6, 1])
-    values = torch.rand(6, 8, 8, generator=torch.Generator().manual_seed(3))
+    size = model.config.patch_size
+    side = 32 // size
+    values = torch.rand(6, side, side, generator=torch.Generator().manual_seed(3))
     curves = deletion_insertion(model, pixel_values, classes, values)
     assert curves.deletion.shape == curves.insertion.shape == (6, STEPS + 1)
     for image in (0, 5):
-        order = sorted(range(64), key=lambda patch: -values[image].flatten()[patch])
+        order = sorted(range(side**2), key=lambda patch: -values[image].flatten()[patch])
         for step in (0, 1, 7, STEPS):
-            gone = set(order[: 4 * step])
-            for curve, painted_over in ((curves.deletion, gone), (curves.insertion, set(range(64)) - gone)):
+            gone = set(order[: round(side**2 * step / STEPS)])
+            for curve, painted_over in ((curves.deletion, gone), (curves.insertion, set(range(side**2)) - gone)):
                 painted = pixel_values[image : image + 1].clone()
                 for patch in painted_over:
-                    row, column = divmod(patch, 8)
-                    painted[:, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] = 0
+                    row, column = divmod(patch, side)
+                    painted[:, :, size * row : size * (row + 1), size * column : size * (column + 1)] = 0
                 expected = model(painted).logits.softmax(-1)[0, classes[image]].item()
                 assert curve[image, step].item() == pytest.approx(expected, abs=1e-5)
 
