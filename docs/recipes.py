@@ -31,6 +31,8 @@ LOG, PAGE = ROOT / "docs" / "recipes.json", ROOT / "docs" / "recipes.md"
 # Whole trainings of nano that were not shipped: what was changed, and the record.
 TRIED = {"TrivialAugment for 70% of the images, drop path 0.05, first filters whitened": "nano/trivial_augment.json"}
 BASE = ["--recipe", "speedrun", "--num_train_epochs", "2"]
+NANO = "patch_size=8,stem_widths=[24,64,64,192,192,192,192],num_hidden_layers=1"
+FINER = "stem_widths=[24,64,64,192,192,192]"
 # One change each; validation decides, never the test split.
 STEPS = {
     "speedrun's recipe, 2 passes": [],
@@ -56,6 +58,8 @@ STEPS = {
     "half of the patches dropped": ["--config_overrides", "patch_drop_rate=0.5"],
     "Muon's learning rate 0.03": ["--muon_learning_rate", "0.03"],
     "weight decay 0.2": ["--weight_decay", "0.2"],
+    "7 convolutions to 4×4 tokens, 1 layer": ["--config_overrides", NANO],
+    "6 convolutions to 8×8 tokens, 2 layers": ["--config_overrides", FINER],
     "weights averaged, EMA of 0.99": [],
     "query and key start mimetic": [],
     "filters start as the identity": [],

@@ -110,6 +110,14 @@ def test_no_labels_at_all(tmp_path):
             {"patch_embedding": "conv_stem", "hidden_size": 18, "num_attention_heads": 2},
             *("hidden_size", "multiple of patch_size 4", "18"),
         ),
+        *[
+            (
+                {"patch_embedding": "conv_stem", "stem_widths": widths},
+                *("stem_widths", "at least 4 positive numbers for patch_size 4, the last of them hidden_size 192"),
+                str(widths),
+            )
+            for widths in ([24, 48, 192], [24, 48, 48, 96], [24, 0, 48, 192], [])
+        ],
     ],
 )
 def test_refused_in_one_line_with_field_expected_and_got(fields, field, expected, got):
@@ -234,6 +242,7 @@ def test_every_field_survives_saving(tmp_path):
         num_channels=1,
         qkv_bias=False,
         patch_embedding="conv_stem",
+        stem_widths=[8, 8, 16, 16, 24, 64],
         position_embedding="sinusoidal",
         attention_output_projection=False,
         drop_path_rate=0.3,
@@ -243,7 +252,7 @@ def test_every_field_survives_saving(tmp_path):
     )
     defaults = ViTCifarConfig()
     own = [name for name in ViTCifarConfig.__annotations__ if not name.startswith("_")]
-    assert len(own) == 19
+    assert len(own) == 20
     assert not [name for name in own if getattr(config, name) == getattr(defaults, name)]
     config.save_pretrained(tmp_path)
     loaded = reload(tmp_path)

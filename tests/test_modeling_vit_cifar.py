@@ -319,6 +319,24 @@ def test_the_stem_has_two_convolutions_per_scale_and_doubles_its_width(patch_siz
     assert stem(images()).shape == (3, 32, 32 // patch_size, 32 // patch_size)
 
 
+@pytest.mark.parametrize(("patch_size", "widths"), [(1, [32]), (4, [5, 6, 7, 32]), (8, [5, 6, 6, 7, 7, 32, 32, 32])])
+def test_a_stem_of_given_widths_pools_after_every_second_convolution_and_before_its_norm(patch_size, widths):
+    config = ViTCifarConfig(**TINY, patch_embedding="conv_stem", patch_size=patch_size, stem_widths=widths)
+    stem = ViTCifarConvStem(config).eval()
+    convolutions = [module for module in stem if isinstance(module, nn.Conv2d)]
+    norms = [module for module in stem if isinstance(module, nn.BatchNorm2d)]
+    assert [module.out_channels for module in convolutions] == widths
+    x, pixels = images(), 32
+    for number, (convolution, norm) in enumerate(zip(convolutions, norms, strict=True), start=1):
+        norm.running_mean.normal_()
+        norm.weight.data.normal_()  # negative ones too, so that the order matters
+        x = convolution(x)
+        if number % 2 == 0 and pixels > 32 // patch_size:
+            x, pixels = nn.functional.max_pool2d(x, 2), pixels // 2
+        x = nn.functional.gelu(norm(x))
+    assert_near(stem(images()), x)
+
+
 # Positions
 
 

@@ -25,9 +25,9 @@ class ViTCifarConfig(PreTrainedConfig):
             `conv` is one convolution with kernel and stride `patch_size`; `conv_stem` is overlapping 3x3 convolutions
             with max pooling between them (Xiao et al. 2021, arXiv:2106.14881).
         stem_widths (`list[int]`, *optional*):
-            Number of filters of each convolution of `conv_stem`; pooling halves the image after every second one,
-            until a position is a patch. Left out: two for each scale, twice as wide from scale to scale, as in
-            `[48, 48, 96, 96, 192, 192]` for patches of 4 pixels and a hidden size of 192.
+            Number of filters of each convolution of `conv_stem`, the last of them `hidden_size`; pooling halves the
+            image after every second one until a position is a patch. Left out: two convolutions for each scale, twice
+            as wide from scale to scale.
         position_embedding (`"learned"` or `"sinusoidal"`, defaults to `"learned"`):
             A learned table, or the fixed one of Vaswani et al. 2017 (arXiv:1706.03762, section 3.5).
         attention_output_projection (`bool`, defaults to `True`):
@@ -151,23 +151,17 @@ class ViTCifarConfig(PreTrainedConfig):
         if self.patch_embedding == "conv_stem":
             if self.patch_size & (self.patch_size - 1):
                 raise ValueError(f"patch_size: expected a power of 2 for conv_stem, got {self.patch_size}")
-            self._validate_stem_widths()
-
-    def _validate_stem_widths(self) -> None:
-        halvings = self.patch_size.bit_length() - 1
-        if self.stem_widths is None:
-            if self.hidden_size % self.patch_size:
+            if self.stem_widths is None and self.hidden_size % self.patch_size:
                 raise ValueError(
                     f"hidden_size: expected a multiple of patch_size {self.patch_size} for conv_stem, whose width "
                     f"doubles at each scale, got {self.hidden_size}"
                 )
-            self.stem_widths = [self.hidden_size >> n for n in range(halvings, -1, -1) for _ in range(2)]
-        widths = self.stem_widths
-        if len(widths) < max(1, 2 * halvings) or min(widths) < 1 or widths[-1] != self.hidden_size:
-            raise ValueError(
-                f"stem_widths: expected at least {max(1, 2 * halvings)} positive numbers for patch_size "
-                f"{self.patch_size}, the last of them hidden_size {self.hidden_size}, got {widths}"
-            )
+            least, widths = max(1, 2 * (self.patch_size.bit_length() - 1)), self.stem_widths
+            if widths is not None and (len(widths) < least or min(widths) < 1 or widths[-1] != self.hidden_size):
+                raise ValueError(
+                    f"stem_widths: expected at least {least} positive numbers for patch_size {self.patch_size}, the "
+                    f"last of them hidden_size {self.hidden_size}, got {widths}"
+                )
 
 
 __all__ = ["CIFAR10_CLASSES", "ViTCifarConfig"]

@@ -41,19 +41,22 @@ def sinusoidal_positions(length: int, width: int, device: torch.device | None = 
 
 
 class ViTCifarConvStem(nn.Sequential):
-    """Overlapping 3x3 convolutions of `stem_widths`, with 2x2 max pooling after every second one until a position is a
-    patch. The pooling comes before the norm, where it costs least (airbench, Jordan 2024, arXiv:2404.00498).
+    """Overlapping 3x3 convolutions, with 2x2 max pooling after every second one until a position is a patch.
+
+    Left alone, their width doubles from scale to scale: patch size 4 gives D/4, D/4, D/2, D/2, D, D. With
+    `stem_widths` the pooling comes before the norm, where it costs less (airbench, Jordan 2024, arXiv:2404.00498).
     (B, C, H, W) -> (B, D, h, w)
     """
 
     def __init__(self, config: ViTCifarConfig):
-        layers, in_channels, scale = [], config.num_channels, config.patch_size
-        for index, width in enumerate(config.stem_widths):
-            layers.append(nn.Conv2d(in_channels, width, kernel_size=3, padding=1, bias=False))
-            if index % 2 and scale > 1:
-                layers.append(nn.MaxPool2d(2))
-                scale //= 2
-            layers += [nn.BatchNorm2d(width), ACT2FN[config.hidden_act]]
+        scales = config.patch_size.bit_length()  # pixels, ..., patches
+        doubled = [config.hidden_size >> n for n in reversed(range(scales)) for _ in range(2)]
+        layers, in_channels = [], config.num_channels
+        for index, width in enumerate(config.stem_widths or doubled):
+            pooling = [nn.MaxPool2d(2)] if index % 2 and index < 2 * (scales - 1) else []
+            rest = [nn.BatchNorm2d(width), ACT2FN[config.hidden_act]]
+            layers += [nn.Conv2d(in_channels, width, kernel_size=3, padding=1, bias=False)]
+            layers += pooling + rest if config.stem_widths else rest + pooling
             in_channels = width
         super().__init__(*layers)
 
@@ -255,8 +258,7 @@ class ViTCifarPreTrainedModel(PreTrainedModel):
     _input_embed_layer = "patch_embeddings"
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Linear layers start from a normal distribution truncated at +-2, convolutions as PyTorch starts them; the
-        first filters of a stem's, but for those on pixels, pass on what comes in (airbench, section 3.3)."""
+        """Linear layers start from a normal distribution truncated at +-2, convolutions as PyTorch starts them."""
         if isinstance(module, nn.Linear):
             init.trunc_normal_(module.weight, std=self.config.initializer_range)
             if module.bias is not None:
@@ -266,10 +268,6 @@ class ViTCifarPreTrainedModel(PreTrainedModel):
             if module.bias is not None:
                 bound = module.weight[0].numel() ** -0.5
                 init.uniform_(module.bias, -bound, bound)
-        elif isinstance(module, ViTCifarConvStem):  # after its convolutions
-            for convolution in [part for part in module if isinstance(part, nn.Conv2d)][1:]:
-                if not getattr(convolution.weight, "_is_hf_initialized", False):
-                    nn.init.dirac_(convolution.weight.data[: convolution.in_channels])
         elif isinstance(module, ViTCifarEmbeddings):
             init.normal_(module.cls_token, std=self.config.embedding_initializer_range)
             if module.position_embeddings is not None:

@@ -33,11 +33,11 @@ def test_the_command_line_overrides_the_recipe_and_the_recipe_the_defaults(tmp_p
     assert (recipe.optimizer, args.per_device_train_batch_size, args.weight_decay) == ("muon", 128, 0.05)
     recipe, args = parse(
         *("--recipe", "nano", "--output_dir", tmp_path, "--weight_decay", "0.5", "--optimizer", "trainer"),
-        *("--config_overrides", "hidden_size=64,drop_path_rate=0.1,qkv_bias=false"),
+        *("--config_overrides", "hidden_size=64,stem_widths=[8, 16,64],drop_path_rate=0.1,qkv_bias=false"),
     )
     assert (recipe.optimizer, args.per_device_train_batch_size, args.weight_decay) == ("trainer", 128, 0.5)
     assert (recipe.model["hidden_size"], recipe.model["drop_path_rate"], recipe.model["qkv_bias"]) == (64, 0.1, False)
-    assert recipe.model["patch_embedding"] == "conv_stem"
+    assert (recipe.model["patch_embedding"], recipe.model["stem_widths"]) == ("conv_stem", [8, 16, 64])
 
 
 def test_fine_tuning_takes_the_model_from_the_folder_and_the_rest_from_its_recipe(tmp_path):

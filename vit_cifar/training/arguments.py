@@ -1,6 +1,7 @@
 """A recipe and a command line -> arguments. The command line overrides the recipe, the recipe the defaults."""
 
 import argparse
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -39,7 +40,7 @@ class RecipeArguments:
     model: dict = field(init=False, default_factory=dict)
     config_overrides: str | None = field(
         default=None,
-        metadata={"help": "config fields over the model's own, as in image_size=48,drop_path_rate=0.1"},
+        metadata={"help": "config fields over the model's own, as in image_size=48,stem_widths=[24,48,192]"},
     )
     attn_implementation: str | None = field(
         default=None,
@@ -150,6 +151,7 @@ def parse_arguments(argv: list[str]) -> tuple[RecipeArguments, TrainingArguments
         model = recipe.pop("model", {})
         if given.model_name_or_path:
             model = {}  # the trained one's
+            recipe.pop("whiten_first_convolution", None)  # it is for new ones
         parser.set_defaults(**recipe)
     try:
         recipe_args, training_args = parser.parse_args_into_dataclasses(argv)
@@ -202,7 +204,7 @@ def _read_recipe(name: str, parser: argparse.ArgumentParser) -> dict:
 
 def _parse_overrides(text: str | None) -> dict:
     overrides = {}
-    for item in text.split(",") if text else []:
+    for item in re.split(r",(?![^\[]*\])", text) if text else []:  # not at the commas of a [list]
         name, equals, value = item.partition("=")
         if not equals:
             raise ValueError(f"config_overrides: expected field=value,field=value, got {item!r}")

@@ -41,26 +41,23 @@ def sinusoidal_positions(length: int, width: int, device: torch.device | None = 
 
 
 class ViTCifarConvStem(nn.Sequential):
-    """Overlapping 3x3 convolutions, two per scale; 2x2 max pooling and twice the width from scale to scale.
+    """Overlapping 3x3 convolutions, with 2x2 max pooling after every second one until a position is a patch.
 
-    One scale for each halving from pixels to patches: patch size 4 gives widths D/4, D/2, D.
+    Left alone, their width doubles from scale to scale: patch size 4 gives D/4, D/4, D/2, D/2, D, D. With
+    `stem_widths` the pooling comes before the norm, where it costs less (airbench, Jordan 2024, arXiv:2404.00498).
     (B, C, H, W) -> (B, D, h, w)
     """
 
     def __init__(self, config: ViTCifarConfig):
-        layers, in_channels, scale = [], config.num_channels, config.patch_size
-        while scale >= 1:
-            width = config.hidden_size // scale
-            for _ in range(2):
-                layers += [
-                    nn.Conv2d(in_channels, width, kernel_size=3, padding=1, bias=False),
-                    nn.BatchNorm2d(width),
-                    ACT2FN[config.hidden_act],
-                ]
-                in_channels = width
-            if scale > 1:
-                layers.append(nn.MaxPool2d(2))
-            scale //= 2
+        scales = config.patch_size.bit_length()  # pixels, ..., patches
+        doubled = [config.hidden_size >> n for n in reversed(range(scales)) for _ in range(2)]
+        layers, in_channels = [], config.num_channels
+        for index, width in enumerate(config.stem_widths or doubled):
+            pooling = [nn.MaxPool2d(2)] if index % 2 and index < 2 * (scales - 1) else []
+            rest = [nn.BatchNorm2d(width), ACT2FN[config.hidden_act]]
+            layers += [nn.Conv2d(in_channels, width, kernel_size=3, padding=1, bias=False)]
+            layers += pooling + rest if config.stem_widths else rest + pooling
+            in_channels = width
         super().__init__(*layers)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
