@@ -49,7 +49,10 @@ def results() -> str:
     trainings = runs()
     rows += [results_row(name, found) for name, found in trainings.items()]
     rows += [not_run_yet(name) for name in NOT_RUN_YET]
-    commands = [f"- {name}: `{found[0][1]['command']}`" for name, found in trainings.items()]
+    commands = [
+        f"- {name}, at commit {found[0][1]['git_commit'][:7]}: `{found[0][1]['command']}`"
+        for name, found in trainings.items()
+    ]
     return "\n".join(
         [*rows, "", "<details><summary>The command of each row</summary>", "", *commands, "", "</details>"]
     )
