@@ -29,7 +29,10 @@ from vit_cifar.training.trainer import ViTCifarTrainer
 ROOT = Path(__file__).parents[1]
 LOG, PAGE = ROOT / "docs" / "recipes.json", ROOT / "docs" / "recipes.md"
 # Whole trainings of nano that were not shipped: what was changed, and the record.
-TRIED = {"TrivialAugment for 70% of the images, drop path 0.05, first filters whitened": "nano/trivial_augment.json"}
+TRIED = {
+    "TrivialAugment for 70% of the images, drop path 0.05, first filters whitened": "nano/trivial_augment.json",
+    "16 patches: 7 convolutions (24, 64, 64, 192, …), 1 layer, first filters whitened": "nano/sixteen_patches.json",
+}
 BASE = ["--recipe", "speedrun", "--num_train_epochs", "2"]
 NANO = "patch_size=8,stem_widths=[24,64,64,192,192,192,192],num_hidden_layers=1"
 FINER = "stem_widths=[24,64,64,192,192,192]"
