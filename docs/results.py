@@ -86,7 +86,8 @@ def speed() -> str:
     )
     words += (
         f" With `LD_PRELOAD` set to tcmalloc's library (Debian's `libtcmalloc-minimal4`) the same command gave "
-        f"{preloaded:.0f} images/s for our training step, {preloaded / own:.2f} times as many: an option, not needed."
+        f"{preloaded:.0f} images/s for our training step, {preloaded / own:.2f} times as many as glibc's allocator in "
+        "the run before: an option, not required."
     )
     return "\n".join([*rows, "", words])
 
