@@ -9,6 +9,7 @@ from pathlib import Path
 import datasets
 import torch
 from torchvision.transforms.v2 import functional as F
+from tqdm.auto import tqdm
 from transformers import ViTImageProcessor
 
 from ..explain.perturbation import (
@@ -128,7 +129,7 @@ def examine_maps(model: ViTCifarForImageClassification, processor: ViTImageProce
     """How faithful each method's maps are, for the class that the model answers: {method: its numbers}."""
     curves, correlations = ({name: [] for name in METHODS} for _ in range(2))
     fresh = randomized(model)
-    for images in dataset.images.split(100):
+    for images in tqdm(dataset.images.split(100), desc="maps", unit=" × 100 images"):
         pixel_values = normalize(images, processor.image_mean, processor.image_std).to(model.device, model.dtype)
         seen = look(model, pixel_values)
         unlearned = look(fresh, pixel_values, seen.classes)
