@@ -187,9 +187,7 @@ def hide_patches(subject: Subject, state: gr.State) -> Tab:
     shown = [answer, board, said]
     options = {"show_progress": "hidden", "trigger_mode": "always_last", "concurrency_id": "picture"}
     cells.input(hide, [state, cells], shown, api_name="hide", **options)
-    one_more.click(
-        hide_next, [state, cells], [cells, *shown], api_visibility="private", **options | {"trigger_mode": "multiple"}
-    )
+    one_more.click(hide_next, [state, cells], [cells, *shown], api_visibility="private", **options)
     none.click(start, state, [cells, *shown], api_visibility="private", **options)
     return Tab([cells, *shown], lambda seen: list(start(seen.pixel_values)))
 
