@@ -22,11 +22,13 @@ def main() -> None:
         if error.name != "gradio":
             raise
         fail('the page needs gradio: pip install "vit-cifar[demo]"')
+    from datasets import disable_progress_bars
     from transformers.utils import logging
 
     from vit_cifar.demo.views import load_subjects
     from vit_cifar.models import ModelError
 
+    disable_progress_bars()  # of reading small files, as is the next
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", module="PIL")  # of damaged uploads: the page says what the user needs

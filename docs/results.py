@@ -8,7 +8,7 @@ import runpy
 from pathlib import Path
 
 from vit_cifar import ViTCifarConfig, ViTCifarForImageClassification
-from vit_cifar.evaluation.examination import read_examination
+from vit_cifar.evaluation.examination import calibration_errors, read_examination
 from vit_cifar.evaluation.records import RECORD_NAME, fill_tables, read_record, results_row
 from vit_cifar.models import BUNDLED_MODELS, DEFAULT_MODEL
 from vit_cifar.training.arguments import parse_arguments
@@ -60,8 +60,13 @@ def results() -> str:
 
 def speed() -> str:
     """The benchmark's ratios as Markdown."""
-    record = json.loads((ROOT / "docs" / "benchmark.json").read_text())
-    rate = {f"{row['name']}, {row['number_format']}": row for part in ("training", "inference") for row in record[part]}
+    record, preloaded = (
+        json.loads((ROOT / "docs" / name).read_text()) for name in ("benchmark.json", "benchmark_tcmalloc.json")
+    )
+    rate, other_rate = (
+        {f"{row['name']}, {row['number_format']}": row for part in ("training", "inference") for row in found[part]}
+        for found in (record, preloaded)
+    )
     rows = ["| ours | images/s | theirs | images/s | ours to theirs |", "|---|---|---|---|---|"]
     for item in record["ratios"]:
         ours, theirs = (f"{item[side]} | {rate[item[side]]['images_per_second']:.0f}" for side in ("of", "to"))
@@ -78,15 +83,10 @@ def speed() -> str:
         f"pipeline is {pipeline['share_of_a_step']:.1%} of a step and {times:.0f} times as fast as "
         "per-image PIL transforms."
     )
-    other = json.loads((ROOT / "docs" / "benchmark_tcmalloc.json").read_text())
-    step = "vit-cifar, train.py, bf16"
-    own, preloaded = (
-        next(row["images_per_second"] for row in found["training"] if f"{row['name']}, {row['number_format']}" == step)
-        for found in (record, other)
-    )
+    own, other = (rates["vit-cifar, train.py, bf16"]["images_per_second"] for rates in (rate, other_rate))
     words += (
         f" With `LD_PRELOAD` set to tcmalloc's library (Debian's `libtcmalloc-minimal4`) the same command gave "
-        f"{preloaded:.0f} images/s for our training step, {preloaded / own:.2f} times as many as glibc's allocator in "
+        f"{other:.0f} images/s for our training step, {other / own:.2f} times as many as glibc's allocator in "
         "the run before: an option, not required."
     )
     return "\n".join([*rows, "", words])
@@ -112,7 +112,7 @@ def faithfulness() -> str:
             verdict = "" if found["passes_random_weights"] else " **fails**"
             cells[3] = f"{found['correlation_with_random_weights']:.2f}{verdict}"
         rows.append(f"| {' | '.join(cells)} |")
-    before, after = (record["calibration"][name]["calibration_error"] for name in ("as trained", "with temperature"))
+    before, after = calibration_errors(record)
     words = (
         f"Means over {record['maps']['images']:,} test images, 95% bootstrap intervals. The confidence is off by "
         f"{before:.1%} on average (expected calibration error, 15 bins), and by {after:.1%} with its logits divided by "

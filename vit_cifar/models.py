@@ -68,6 +68,11 @@ def load_model(
     return model.eval(), processor
 
 
+def class_names(config: ViTCifarConfig) -> list[str]:
+    """In the order of the logits."""
+    return [config.id2label[index] for index in range(config.num_labels)]
+
+
 def local_folder(name: str) -> Path:
     """The folder with what lies beside a model's weights; a Hub id's is downloaded.
 

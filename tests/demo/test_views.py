@@ -68,8 +68,9 @@ def test_the_next_patch_is_the_largest_of_those_still_shown(subject, pixel_value
 
 
 def test_pictures_say_what_they_show(subject, pixel_values, tmp_path):
-    found = views.explanations(subject, subject.look(pixel_values, "cat"), METHODS, layer=1, head="3")
-    for method, explanation in found.items():
+    seen = subject.look(pixel_values, "cat")
+    for method in METHODS:
+        explanation = subject.explain(seen, method, layer=1, head="3")
         for kind in ("classic", "colour"):
             said = views.overlay(explanation, kind).info
             assert said["model"] == DEFAULT_MODEL and said["method"] == method and said["overlay"] == kind

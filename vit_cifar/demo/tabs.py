@@ -10,6 +10,7 @@ from gradio.components import Component
 from gradio.events import Dependency
 
 from ..explain.perturbation import METHODS, Look
+from ..explain.pictures import Explanation
 from . import views
 from .views import Subject
 
@@ -55,11 +56,9 @@ def methods(subject: Subject, state: gr.State, start: Look) -> Maps:
         if layer not in layers or head not in heads:
             message = f"expected a layer of {layers} and a head of {heads}, got {layer!r} and {head!r}"
             raise gr.Error(message, print_exception=False)
-        found = views.explanations(subject, seen, QUICK, layer, head)
-        drawn = [views.overlay(found["attention"], "classic"), ""]
-        for explanation in found.values():
-            drawn += [views.overlay(explanation), views.caption(explanation)]
-        return drawn
+        attention, *others = (subject.explain(seen, name, layer, head) for name in QUICK)
+        drawn = [views.overlay(attention, "classic"), ""]
+        return drawn + [part for found in (attention, *others) for part in figure(found)]
 
     def redraw(pixel_values: torch.Tensor | None, target: str, layer: int, head: str) -> list:
         """The quick methods' pictures and captions of the picture that is shown, for another class, layer or head."""
@@ -71,10 +70,9 @@ def methods(subject: Subject, state: gr.State, start: Look) -> Maps:
         """Occlusion's picture and caption."""
         if pixel_values is None:
             return [None, ""]
-        return occluded(subject.look(pixel_values, target))
+        return figure(subject.explain(subject.look(pixel_values, target), "occlusion"))
 
-    def occluded(seen: Look) -> list:
-        found = views.explanations(subject, seen, ["occlusion"])["occlusion"]
+    def figure(found: Explanation) -> list:
         return [views.overlay(found), views.caption(found)]
 
     with gr.Tab("Maps"), gr.Row(elem_id="maps"):
@@ -94,10 +92,9 @@ def methods(subject: Subject, state: gr.State, start: Look) -> Maps:
             values = iter(draw(start, layers[-1], "mean"))
             quick += _figure("attention, classic", "Your picture, dark where the model attends little", values)
             for name in METHODS:
-                own = iter(occluded(start)) if name == "occlusion" else values
-                score = f"{name}, {subject.score(name)}"
-                figure = _figure(score, f"Your picture under a colour map of {name}", own)
-                (slow if name == "occlusion" else quick).extend(figure)
+                own = iter(figure(subject.explain(start, "occlusion"))) if name == "occlusion" else values
+                label, alt_text = f"{name}, {subject.score(name)}", f"Your picture under a colour map of {name}"
+                (slow if name == "occlusion" else quick).extend(_figure(label, alt_text, own))
         with gr.Column(elem_id="words"):
             gr.Markdown(
                 "Each map has a colour scale of its own: mind the numbers below it. Entropy is how evenly the map is "
@@ -110,10 +107,11 @@ def methods(subject: Subject, state: gr.State, start: Look) -> Maps:
     choices = [target, layer, head]
     gr.on([layer.input, head.input], redraw, [state, *choices], quick, api_name="redraw", **options)
     chosen = target.input(redraw, [state, *choices], quick, api_visibility="private", **options)
-    chosen.success(occlude, [state, target], slow, api_name="occlusion", **options)
 
-    def follow(event: Dependency) -> None:
-        event.success(occlude, [state, target], slow, api_visibility="private", **options)
+    def follow(event: Dependency, **api: str) -> None:
+        event.success(occlude, [state, target], slow, **(api or {"api_visibility": "private"}), **options)
+
+    follow(chosen, api_name="occlusion")
 
     def draw_all(seen: Look, layer: int, head: str) -> list:
         return [None, "", *draw(seen, layer, head)]  # occlusion comes later

@@ -10,11 +10,10 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
-from torch.nn.functional import interpolate
 from torchvision.transforms.v2 import functional as F
 from transformers import ViTImageProcessor
 
-from ..evaluation.examination import Examination, read_examination
+from ..evaluation.examination import Examination, calibration_errors, read_examination
 from ..evaluation.records import RecordError
 from ..explain.attention import cls_map
 from ..explain.overlay import classic_overlay, colour_overlay, denormalize
@@ -22,7 +21,7 @@ from ..explain.perturbation import METHODS, Look, hide_patches, look
 from ..explain.pictures import UNITS, Explanation, explain, name_of
 from ..images import ImageError, open_image
 from ..modeling_vit_cifar import ViTCifarForImageClassification
-from ..models import BUNDLED_MODELS, DEFAULT_MODEL, load_model, local_folder
+from ..models import BUNDLED_MODELS, DEFAULT_MODEL, class_names, load_model, local_folder
 
 PICTURE_SIZE = 256  # pixels at most; the model's own 32 are far too few for a screen
 SHOWN_MISTAKES = 12
@@ -44,7 +43,7 @@ class Subject:
 
     @property
     def classes(self) -> list[str]:
-        return [self.model.config.id2label[index] for index in range(self.model.config.num_labels)]
+        return class_names(self.model.config)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -65,6 +64,10 @@ class Subject:
         chosen = torch.tensor([self.classes.index(class_name)], device=pixel_values.device) if class_name else None
         return look(self.model, pixel_values, chosen)
 
+    def explain(self, seen: Look, method: str, layer: int = 1, head: str = "mean") -> Explanation:
+        """One method's map of the one image that was looked at; only `attention` has layers and heads."""
+        return explain(seen, self.processor, self.name, method, layer, head)
+
     def score(self, method: str) -> str:
         """How far this model's examination found that the method can be trusted."""
         if self.examination is None:
@@ -81,12 +84,9 @@ def load_subjects(name: str | None) -> list[Subject]:
     Raises:
         ModelError: there is no such model.
     """
-    names = [name]
-    if name is None and BUNDLED_MODELS.is_dir():
-        folders = [path.parent for path in BUNDLED_MODELS.glob("*/config.json")]
-        names = [str(folder) for folder in sorted(folders, key=lambda path: (path.name != DEFAULT_MODEL, path.name))]
+    names = [name] if name else [str(path.parent) for path in BUNDLED_MODELS.glob("*/config.json")]
     subjects = []
-    for name in names:
+    for name in sorted(names, key=lambda name: (Path(name).name != DEFAULT_MODEL, name)) or [None]:
         model, processor = load_model(name)
         try:
             examination = read_examination(local_folder(name))
@@ -110,10 +110,14 @@ def open_upload(upload: dict | None, folder: str) -> Image.Image:
         return open_image(file)
 
 
-def to_picture(image: torch.Tensor, said: dict[str, str] | None = None) -> Image.Image:
-    """(3, H, W), 0..1 -> an image in which every pixel of the model is a visible square; a PNG of it carries `said`."""
+def to_picture(image: torch.Tensor, said: dict[str, str] | None = None, times: int | None = None) -> Image.Image:
+    """(3, H, W), 0..1 -> an image in which every pixel of the model is a visible square; a PNG of it carries `said`.
+
+    Args:
+        times: side of a square; None for as large as PICTURE_SIZE allows.
+    """
     picture = F.to_pil_image((image * 255).round().byte())
-    times = max(1, PICTURE_SIZE // max(picture.size))
+    times = times or max(1, PICTURE_SIZE // max(picture.size))
     picture = picture.resize((times * picture.width, times * picture.height), Image.Resampling.NEAREST)
     picture.info = said or {}
     return picture
@@ -132,13 +136,6 @@ def caution(subject: Subject, chances: dict[str, float]) -> str:
         return always
     half = "Of the held-out images that it answered this weakly, half were answered wrongly. " if examination else ""
     return f"**It is not sure: {highest:.0%}.** {half}Perhaps your picture shows none of its classes. {always}"
-
-
-def explanations(
-    subject: Subject, seen: Look, methods: Sequence[str], layer: int = 1, head: str = "mean"
-) -> dict[str, Explanation]:
-    """Each method's map of one image."""
-    return {name: explain(seen, subject.processor, subject.name, name, layer, head) for name in methods}
 
 
 def overlay(found: Explanation, kind: str = "colour") -> Image.Image:
@@ -161,16 +158,14 @@ def strip(subject: Subject, seen: Look) -> Image.Image:
         cls_map(seen.attentions, layer, head, seen.grid).values.cpu() for layer in range(layers) for head in columns
     ]
     image = subject.seen(seen.pixel_values).expand(len(maps), -1, -1, -1)
-    cells = interpolate(colour_overlay(torch.cat(maps), image), scale_factor=3)  # nearest: pixels stay pixels
-    side, margin, gap = cells.shape[-1], 24, 4
+    cells = [to_picture(cell, times=3) for cell in colour_overlay(torch.cat(maps), image)]
+    side, margin, gap = cells[0].width, 24, 4
     size = (margin + len(columns) * (side + gap), margin + layers * (side + gap))
     sheet, font = Image.new("RGB", size, "white"), ImageFont.load_default(14)
     draw = ImageDraw.Draw(sheet)
     for number, cell in enumerate(cells):
         row, column = divmod(number, len(columns))
-        sheet.paste(
-            F.to_pil_image((cell * 255).round().byte()), (margin + column * (side + gap), margin + row * (side + gap))
-        )
+        sheet.paste(cell, (margin + column * (side + gap), margin + row * (side + gap)))
     for column, name in enumerate(columns):
         label = name if name == "mean" else f"head {name + 1}"
         draw.text((margin + column * (side + gap) + side // 2, margin // 2), label, "black", font, anchor="mm")
@@ -235,17 +230,16 @@ def confusion_table(examination: Examination) -> str:
         cells = ""
         for answer, count in zip(names, counts, strict=True):
             kind = "right" if answer == name else "wrong"
-            share = min(
-                1, count / max(1, sum(counts)) * (1 if kind == "right" else 8)
-            )  # mistakes are rare: deeper colour
+            scale = 1 if kind == "right" else 8  # mistakes are rare: deeper colour
+            share = min(1, scale * count / max(1, sum(counts)))
             what = f"{name} {'answered' if kind == 'right' else 'taken for'} {answer}: {count} of {sum(counts)}"
             cells += (
                 f'<td><button class="{kind}" style="--share: {share:.2f}" aria-label="{what}" title="{what}" '
                 f'data-label="{name}" data-answer="{answer}">{count}</button></td>'
             )
         right = record["test_accuracy_per_class"].get(label)  # a class may have no test image
-        share = "–" if right is None else f"{right:.1%}"
-        rows.append(f'<tr><th scope="row">{name}</th>{cells}<td>{share}</td></tr>')
+        accuracy = "–" if right is None else f"{right:.1%}"
+        rows.append(f'<tr><th scope="row">{name}</th>{cells}<td>{accuracy}</td></tr>')
     return (
         f'<table class="confusion"><thead><tr><td></td>{head}'
         f'<th scope="col"><span>accuracy</span></th></tr></thead><tbody>{"".join(rows)}</tbody></table>'
@@ -278,18 +272,11 @@ def mistakes(subject: Subject, label: str, answer: str) -> tuple[list[tuple[Imag
     seen = look(subject.model, pixel_values, torch.full((len(shown),), pair[1], device=pixel_values.device))
     images = subject.seen(pixel_values)
     maps = colour_overlay(METHODS["gradient rollout"](seen).values.cpu(), images)
-    pictures = interpolate(torch.cat([images, maps], dim=3), scale_factor=4)  # nearest: pixels stay pixels
+    description = {"model": subject.name, "method": "gradient rollout", "class": answer, "label": label}
     gallery = []
-    for (confidence, _), index, picture in zip(found, shown["index"], pictures, strict=True):
-        image = F.to_pil_image((picture * 255).round().byte())
-        image.info = {
-            "model": subject.name,
-            "method": "gradient rollout",
-            "class": answer,
-            "label": label,
-            "test image": str(index),
-        }
-        gallery.append((image, f"{answer} {confidence:.0%}, #{index}"))
+    for (confidence, _), index, pair in zip(found, shown["index"], torch.cat([images, maps], dim=3), strict=True):
+        picture = to_picture(pair, description | {"test image": str(index)}, times=4)
+        gallery.append((picture, f"{answer} {confidence:.0%}, #{index}"))
     return gallery, said
 
 
@@ -318,7 +305,7 @@ def reliability_alt(examination: Examination) -> str:
 def calibration_words(examination: Examination) -> str:
     """The calibration's numbers as Markdown."""
     record, images = examination.record, examination.record["images"]
-    before, after = (record["calibration"][name]["calibration_error"] for name in ("as trained", "with temperature"))
+    before, after = calibration_errors(record)
     return (
         f"Its probabilities are off by **{before:.1%}** on average over {images['test']:,} test images (expected "
         f"calibration error, 15 bins). Divide its logits by {record['temperature']:.3f}, the temperature fitted on "

@@ -177,9 +177,15 @@ def answers(probabilities: torch.Tensor, test_set: ImageDataset) -> datasets.Dat
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
 
 
+def calibration_errors(record: dict) -> tuple[float, float]:
+    """(As trained, with temperature)."""
+    before, after = (record["calibration"][name]["calibration_error"] for name in ("as trained", "with temperature"))
+    return before, after
+
+
 def report(record: dict) -> str:
     """The record for the terminal."""
-    before, after = (record["calibration"][name]["calibration_error"] for name in ("as trained", "with temperature"))
+    before, after = calibration_errors(record)
     lines = [
         f"test accuracy {record['test_accuracy']:.2%}",
         f"calibration error {before:.2%}, with temperature {record['temperature']:.3f} {after:.2%}",

@@ -7,6 +7,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
+from ..models import class_names
 from ..training.data import DataError, ImageDataset, normalize
 
 
@@ -38,7 +39,7 @@ def evaluate(
     Raises:
         DataError: the dataset's classes are not those of the model.
     """
-    names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+    names = class_names(model.config)
     if list(dataset.classes) != names:
         raise DataError(
             f"classes: expected those of the model ({', '.join(names)}), got those of the dataset "

@@ -11,7 +11,7 @@ from transformers import ViTImageProcessor
 from ..configuration_vit_cifar import ViTCifarConfig
 from ..images import ImageError
 from ..modeling_vit_cifar import ViTCifarForImageClassification
-from ..models import DEFAULT_MODEL
+from ..models import DEFAULT_MODEL, class_names
 from .attention import AttentionMap
 from .overlay import denormalize, figure_with_colourbar
 from .perturbation import METHODS, Look, look
@@ -126,7 +126,7 @@ def map_options(
         raise ExplanationError(f"layer: expected 1 to {layers}, got {layer}")
     if head not in ("mean", "max", *map(str, range(1, heads + 1))):
         raise ExplanationError(f"head: expected 1 to {heads}, mean or max, got {head!r}")
-    names = [config.id2label[index] for index in range(config.num_labels)]
+    names = class_names(config)
     if class_name is not None and class_name not in names:
         raise ExplanationError(f"class: expected one of {', '.join(names)}, got {class_name!r}")
     return {"method": method, "layer": layer, "head": head, "class_name": class_name}

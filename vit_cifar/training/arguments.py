@@ -40,7 +40,7 @@ class RecipeArguments:
     model: dict = field(init=False, default_factory=dict)
     config_overrides: str | None = field(
         default=None,
-        metadata={"help": "config fields over the model's own, as in image_size=48,stem_widths=[24,48,192]"},
+        metadata={"help": "config fields over the model's own, as in image_size=48,stem_widths=[24,48,96,192]"},
     )
     attn_implementation: str | None = field(
         default=None,

@@ -6,7 +6,7 @@ from transformers import ViTImageProcessor
 
 from ..configuration_vit_cifar import ViTCifarConfig
 from ..modeling_vit_cifar import ViTCifarForImageClassification
-from ..models import load_model
+from ..models import class_names, load_model
 from .arguments import RecipeArguments
 from .data import ImageDataset, image_processor, normalize
 
@@ -76,7 +76,7 @@ def adapt(
         fields: of the config, from ADAPTABLE.
     """
     old, weights, said = pretrained.config, pretrained.state_dict(), []
-    old_classes = [old.id2label[index] for index in range(old.num_labels)]
+    old_classes = class_names(old)
     if classes == old_classes:
         said.append(f"head kept: {len(classes)} classes")
     else:
