@@ -1,4 +1,4 @@
-"""Fills README's tables from the records.
+"""Fills README's tables and the models' cards from the records.
 
 python docs/results.py
 """
@@ -8,8 +8,10 @@ import runpy
 from pathlib import Path
 
 from vit_cifar import ViTCifarConfig, ViTCifarForImageClassification
-from vit_cifar.evaluation.examination import calibration_errors, read_examination
+from vit_cifar.evaluation.examination import calibration_words, read_examination, trust_table
 from vit_cifar.evaluation.records import RECORD_NAME, fill_tables, read_record, results_row
+from vit_cifar.hub.card import PICTURE_NAME, card_picture, model_card
+from vit_cifar.hub.publish import CARD_NAME
 from vit_cifar.models import BUNDLED_MODELS, DEFAULT_MODEL
 from vit_cifar.training.arguments import parse_arguments
 
@@ -99,27 +101,7 @@ def finetuning() -> str:
 def faithfulness() -> str:
     """How far each kind of map can be trusted, as Markdown."""
     record = read_examination(BUNDLED_MODELS / DEFAULT_MODEL).record
-    rows = [
-        "| map | insertion minus deletion, area | above random order | rank correlation with random weights |",
-        "|---|---|---|---|",
-    ]
-    for name, found in record["maps"]["methods"].items():
-        low, high = found["score_interval"]
-        cells = [name, f"{found['score']:.3f} ({low:.3f} to {high:.3f})", "", ""]
-        if name != "random":
-            low, high = found["above_random_interval"]
-            cells[2] = f"{found['above_random']:+.3f} ({low:+.3f} to {high:+.3f})"
-            verdict = "" if found["passes_random_weights"] else " **fails**"
-            cells[3] = f"{found['correlation_with_random_weights']:.2f}{verdict}"
-        rows.append(f"| {' | '.join(cells)} |")
-    before, after = calibration_errors(record)
-    words = (
-        f"Means over {record['maps']['images']:,} test images, 95% bootstrap intervals. The confidence is off by "
-        f"{before:.1%} on average (expected calibration error, 15 bins), and by {after:.1%} with its logits divided by "
-        f"{record['temperature']:.3f}, which was fitted on the {record['images']['validation']:,} images held out of "
-        "training."
-    )
-    return "\n".join([*rows, "", words])
+    return f"{trust_table(record)} {calibration_words(record)}"
 
 
 def page() -> str:
@@ -140,6 +122,9 @@ def fill(readme: str) -> str:
 def main() -> None:
     readme = ROOT / "README.md"
     readme.write_text(fill(readme.read_text()))
+    for folder in BUNDLED_MODELS.iterdir():
+        model_card(folder, f"your-name/{folder.name}").save(folder / CARD_NAME)
+        card_picture(folder, read_examination(folder)).savefig(folder / PICTURE_NAME, dpi=110)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from .errors import UserError
+
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -18,6 +20,12 @@ app = typer.Typer(
 ModelOption = Annotated[
     str | None, typer.Option("--model", help="Model folder or Hub id; left out, the one in the checkout.")
 ]
+RepoOption = Annotated[str, typer.Option("--repo-id", "--repo_id", help="The repository on the Hub, as in user/name.")]
+PushOption = Annotated[
+    bool, typer.Option("--push", help="Upload, as one commit; left out, nothing leaves this machine.")
+]
+PrivateOption = Annotated[bool, typer.Option("--private", help="Make a new repository that only you can see.")]
+KeepOption = Annotated[Path | None, typer.Option("--output", "-o", help="A new folder to keep what was made.")]
 
 
 @app.callback()
@@ -175,6 +183,91 @@ def convert_tutorial(
     print(f"{recipe}, {model.num_parameters():,} parameters: {output_dir}")
 
 
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="Model folder or Hub id.", show_default=False)],
+    kind: Annotated[
+        str, typer.Option("--format", help="onnx, or vit: a folder for transformers' own ViT.", show_default=False)
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A new folder.", show_default=False)],
+    dataset_name: Annotated[
+        str | None,
+        typer.Option(
+            "--dataset_name", "--dataset-name", help="Measure what was exported on its test split; as in evaluate."
+        ),
+    ] = None,
+) -> None:
+    """Write a model in a form that needs none of this package's code, checked against the original."""
+    from .hub.export import export_model, report
+
+    record = export_model(model, kind, output, dataset_name)
+    print(f"{output}: {report(record)}")
+
+
+@app.command()
+def publish(
+    model_dir: Annotated[Path, typer.Argument(help="A model folder with its training record.", show_default=False)],
+    repo_id: RepoOption,
+    push: PushOption = False,
+    private: PrivateOption = False,
+    revision: Annotated[str | None, typer.Option(help="A branch to push to; left out, main.")] = None,
+    dataset_name: Annotated[
+        str | None,
+        typer.Option(
+            "--dataset_name", "--dataset-name", help="To evaluate on again; left out, what the record names, if it is."
+        ),
+    ] = None,
+    output: KeepOption = None,
+) -> None:
+    """Make a Hub repository of a model folder, check it as a stranger will use it, and with --push upload it."""
+    from .hub.publish import publish as make
+
+    make(model_dir, repo_id, push, private, revision, dataset_name, output)
+
+
+@app.command()
+def publish_space(
+    repo_id: RepoOption,
+    model_id: Annotated[str, typer.Option("--model-id", "--model_id", help="The model on the Hub, as in user/name.")],
+    model_revision: Annotated[
+        str | None,
+        typer.Option("--model-revision", "--model_revision", help="Branch, tag or commit; its commit gets pinned."),
+    ] = None,
+    push: PushOption = False,
+    private: PrivateOption = False,
+    output: KeepOption = None,
+) -> None:
+    """Make a Space of the page for a model on the Hub, and with --push upload it."""
+    from .hub.space import publish_space as make
+
+    make(repo_id, model_id, model_revision, push, private, output)
+
+
+@app.command()
+def demo(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", envvar="MODEL_ID", help="Model folder or Hub id; left out, every model in the checkout."
+        ),
+    ] = None,
+) -> None:
+    """Open the page that shows what a model answers and where it looks."""
+    try:
+        from .demo.page import LAUNCH_OPTIONS, build_page
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        print('vit-cifar: the page needs gradio: pip install "vit-cifar[demo]"', file=sys.stderr)
+        raise typer.Exit(2) from error
+    from datasets import disable_progress_bars
+
+    from .demo.views import load_subjects
+
+    disable_progress_bars()  # of reading small files
+    build_page(load_subjects(model or None)).launch(**LAUNCH_OPTIONS)
+
+
 def main() -> None:
     from transformers.utils import logging
 
@@ -183,16 +276,6 @@ def main() -> None:
     warnings.filterwarnings("ignore", module="PIL|torch")  # of damaged files: the error says what the user needs
     try:
         app()
-    except ValueError as error:
-        from .evaluation.records import RecordError
-        from .explain.pictures import ExplanationError
-        from .hub.convert_tutorial import ConversionError
-        from .images import ImageError
-        from .models import ModelError
-        from .training.data import DataError
-
-        ours = (ConversionError, DataError, ExplanationError, ImageError, ModelError, RecordError)
-        if not isinstance(error, ours):
-            raise
+    except UserError as error:
         print(f"vit-cifar: {error}", file=sys.stderr)
         sys.exit(2)

@@ -8,6 +8,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
+from .errors import UserError
+
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # what Pillow reads without running other programs
 MAX_PIXELS = 50_000_000
 # What Pillow raises, depending on format and damage, where a file is not an image.
@@ -17,7 +19,7 @@ UNREADABLE = (
 )
 
 
-class ImageError(ValueError):
+class ImageError(UserError):
     """An image that cannot be read; the message is one line."""
 
 

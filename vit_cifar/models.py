@@ -9,13 +9,15 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import AutoConfig, ViTImageProcessor
 
 from .configuration_vit_cifar import ViTCifarConfig
+from .errors import UserError
 from .modeling_vit_cifar import ViTCifarForImageClassification
 
-BUNDLED_MODELS = Path(__file__).parents[1] / "hub_card" / "models"  # in a checkout and in a Space, not in a wheel
+HUB_CARD = Path(__file__).parents[1] / "hub_card"  # in a checkout, not in a wheel
+BUNDLED_MODELS = HUB_CARD / "models"
 DEFAULT_MODEL = "vit-cifar10-nano"
 
 
-class ModelError(ValueError):
+class ModelError(UserError):
     """A model that cannot be loaded; the message is one line."""
 
 
@@ -33,14 +35,20 @@ def _one_line(name: str) -> Iterator[None]:
         raise ModelError(f"model: expected a model folder or a Hub id, got {name!r}: {reason}") from error
 
 
-def load_model(
-    name: str | None = None, revision: str | None = None
-) -> tuple[ViTCifarForImageClassification, ViTImageProcessor]:
+def split_revision(name: str) -> tuple[str, str | None]:
+    """A Hub id with a branch, tag or commit, "user/name@revision" as huggingface_hub's paths write it, in two."""
+    if Path(name).is_dir():
+        return name, None
+    name, _, revision = name.partition("@")
+    return name, revision or None
+
+
+def load_model(name: str | None = None) -> tuple[ViTCifarForImageClassification, ViTImageProcessor]:
     """(model in evaluation mode, its image processor).
 
     Args:
-        name: a model folder or a Hub id; None for the model in the checkout.
-        revision: branch, tag or commit on the Hub.
+        name: a model folder or a Hub id, at a revision if it says user/name@revision; None for the model in the
+            checkout.
 
     Raises:
         ModelError: there is no such model, it is of another type, or its weights are not all there: transformers
@@ -50,6 +58,7 @@ def load_model(
         name = str(BUNDLED_MODELS / DEFAULT_MODEL)
         if not Path(name).is_dir():
             raise ModelError("model: expected a folder or a Hub id, got none, and this installation carries no model")
+    name, revision = split_revision(name)
     with _one_line(name):
         if not Path(name).is_dir():
             validate_repo_id(name)
@@ -81,5 +90,7 @@ def local_folder(name: str) -> Path:
     """
     if Path(name).is_dir():
         return Path(name)
+    name, revision = split_revision(name)
     with _one_line(name):
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.parquet", "model.safetensors"]))
+        wanted = ["*.json", "*.parquet", "model.safetensors"]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))

@@ -588,14 +588,14 @@ def test_app_refuses_a_bad_model_in_one_line(tmp_path, how):
         finished = run(sys.executable, "app.py", MODEL_ID=name)
     assert finished.returncode == 2
     assert finished.stdout == ""
-    assert re.fullmatch(r"app\.py: model: expected .+, got .*nothing here.*\n", finished.stderr)
+    assert re.fullmatch(r"vit-cifar: model: expected .+, got .*nothing here.*\n", finished.stderr)
 
 
 def test_app_without_gradio_says_what_to_install():
     hidden = "import sys, runpy; sys.modules['gradio'] = None; sys.argv = ['app.py']; "
     finished = run(sys.executable, "-c", hidden + "runpy.run_path('app.py', run_name='__main__')")
     assert finished.returncode == 2
-    assert finished.stderr == 'app.py: the page needs gradio: pip install "vit-cifar[demo]"\n'
+    assert finished.stderr == 'vit-cifar: the page needs gradio: pip install "vit-cifar[demo]"\n'
 
 
 def test_app_serves_the_model_of_the_flag_to_this_machine_alone(tiny_model_folder, tmp_path):

@@ -12,6 +12,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from tutorial_model import TutorialViT
 
 from vit_cifar.hub.convert_tutorial import ConversionError, convert_tutorial
+from vit_cifar.hub.folder import FolderError
 from vit_cifar.training.data import normalize
 
 VARIANTS = ("basic", "pe", "pe_conv")
@@ -235,7 +236,7 @@ def test_a_folder_that_holds_something_is_left_as_it_is(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("mine")
     for taken in (tmp_path / "model", tmp_path / "checkpoint.pth", tmp_path / "checkpoint.pth" / "below"):
-        with pytest.raises(ConversionError, match="output_dir: expected a"):
+        with pytest.raises(FolderError, match="output: expected a"):
             convert_tutorial(tmp_path / "checkpoint.pth", taken)
     assert (tmp_path / "model" / "config.json").read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pth", "model"]
@@ -257,4 +258,4 @@ def test_the_command(tmp_path):
     again = run(*command)
     assert again.returncode == 2 and again.stdout == ""
     (line,) = again.stderr.strip().splitlines()
-    assert line.startswith("vit-cifar: output_dir: expected a new or an empty folder")
+    assert line.startswith("vit-cifar: output: expected a new or an empty folder")

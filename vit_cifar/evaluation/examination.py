@@ -183,6 +183,34 @@ def calibration_errors(record: dict) -> tuple[float, float]:
     return before, after
 
 
+def calibration_words(record: dict) -> str:
+    """For README and the model's card."""
+    before, after = calibration_errors(record)
+    return (
+        f"The confidence is off by {before:.1%} on average (expected calibration error, 15 bins), and by {after:.1%} "
+        f"with its logits divided by {record['temperature']:.3f}, which was fitted on the "
+        f"{record['images']['validation']:,} images held out of training."
+    )
+
+
+def trust_table(record: dict) -> str:
+    """How far each kind of map can be trusted, as Markdown: for README and the model's card."""
+    rows = [
+        "| map | insertion minus deletion, area | above random order | rank correlation with random weights |",
+        "|---|---|---|---|",
+    ]
+    for name, found in record["maps"]["methods"].items():
+        low, high = found["score_interval"]
+        cells = [name, f"{found['score']:.3f} ({low:.3f} to {high:.3f})", "", ""]
+        if name != "random":
+            low, high = found["above_random_interval"]
+            cells[2] = f"{found['above_random']:+.3f} ({low:+.3f} to {high:+.3f})"
+            verdict = "" if found["passes_random_weights"] else " **fails**"
+            cells[3] = f"{found['correlation_with_random_weights']:.2f}{verdict}"
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*rows, "", f"Means over {record['maps']['images']:,} test images, 95% bootstrap intervals."])
+
+
 def report(record: dict) -> str:
     """The record for the terminal."""
     before, after = calibration_errors(record)

@@ -14,11 +14,13 @@ from pathlib import Path
 
 import torch
 
+from ..errors import UserError
+
 RECORD_NAME = "training_record.json"
 WEIGHTS_NAME = "model.safetensors"
 
 
-class RecordError(ValueError):
+class RecordError(UserError):
     """A record that is not there or belongs to other weights; the message is one line."""
 
 

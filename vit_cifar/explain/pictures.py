@@ -5,15 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from transformers import ViTImageProcessor
 
 from ..configuration_vit_cifar import ViTCifarConfig
+from ..errors import UserError
 from ..images import ImageError
 from ..modeling_vit_cifar import ViTCifarForImageClassification
-from ..models import DEFAULT_MODEL, class_names
-from .attention import AttentionMap
-from .overlay import denormalize, figure_with_colourbar
+from ..models import DEFAULT_MODEL, class_names, split_revision
+from .attention import AttentionMap, cls_map
+from .overlay import classic_overlay, colour_overlay, denormalize, figure_with_colourbar
 from .perturbation import METHODS, Look, look
 
 UNITS = {
@@ -25,7 +27,7 @@ UNITS = {
 }
 
 
-class ExplanationError(ValueError):
+class ExplanationError(UserError):
     """A map that cannot be made; the message is one line."""
 
 
@@ -77,7 +79,7 @@ class Explanation:
 
 def name_of(model: str | None) -> str:
     """What pictures call a model: its folder's name or its Hub id."""
-    return Path(model).resolve().name if model and Path(model).is_dir() else model or DEFAULT_MODEL
+    return Path(model).resolve().name if model and Path(model).is_dir() else split_revision(model or DEFAULT_MODEL)[0]
 
 
 def files_in(paths: list[Path]) -> list[Path]:
@@ -162,3 +164,30 @@ def explain(
     image = denormalize(seen.pixel_values.float().cpu(), processor.image_mean, processor.image_std)[0]
     confidence, answer = probabilities.max(dim=0)
     return Explanation(names[answer.item()], confidence.item(), image, METHODS[method](seen, **options), description)
+
+
+def draw_overlays(
+    model: ViTCifarForImageClassification, processor: ViTImageProcessor, images: list[Image.Image], notes: list[str]
+) -> Figure:
+    """A row an RGB image: as the model sees it, the last layer's attention, both overlays, the answer and a note."""
+    pixel_values = processor(images, return_tensors="pt").pixel_values
+    with torch.inference_mode():
+        outputs = model(pixel_values, output_attentions=True)
+    maps = cls_map(outputs.attentions).values
+    seen = denormalize(pixel_values, processor.image_mean, processor.image_std)
+    scores, labels = outputs.logits.softmax(-1).max(-1)
+    columns = {
+        "what the model sees": seen,
+        "class-token attention": maps,
+        "classic": classic_overlay(maps, seen),
+        "colour": colour_overlay(maps, seen),
+    }
+    figure = Figure(figsize=(8, 2.07 * len(images)), layout="constrained")
+    for row, axes in enumerate(figure.subplots(len(images), len(columns), squeeze=False)):
+        for (title, pictures), axis in zip(columns.items(), axes, strict=True):
+            picture = pictures[row]
+            axis.imshow(picture if picture.ndim == 2 else picture.permute(1, 2, 0), interpolation="nearest")
+            axis.set(xticks=[], yticks=[], title=title if row == 0 else "")
+        answer = f"{model.config.id2label[labels[row].item()]} {scores[row]:.0%}"
+        axes[0].set_ylabel("\n".join(filter(None, [answer, notes[row]])))
+    return figure

@@ -4,16 +4,16 @@ The tutorial saves `model.state_dict()` with torch.save. Its three models are th
 tutorial_pe and tutorial_pe_conv; a checkpoint's keys tell which one it is.
 """
 
-import os
-import tempfile
 from pathlib import Path
 
 import torch
 
 from ..configuration_vit_cifar import ViTCifarConfig
+from ..errors import UserError
 from ..modeling_vit_cifar import ViTCifarForImageClassification
 from ..training.arguments import recipe_model
 from ..training.data import image_processor
+from .folder import new_folder
 
 # What to replace, in this order, to get from our names to the tutorial's.
 RENAMES = (
@@ -33,8 +33,8 @@ RENAMES = (
 )
 
 
-class ConversionError(ValueError):
-    """A checkpoint that is not one of the tutorial's, or a folder that is taken; the message is one line."""
+class ConversionError(UserError):
+    """A checkpoint that is not one of the tutorial's; the message is one line."""
 
 
 def convert_tutorial(checkpoint: str | Path, output_dir: str | Path) -> tuple[str, ViTCifarForImageClassification]:
@@ -47,33 +47,20 @@ def convert_tutorial(checkpoint: str | Path, output_dir: str | Path) -> tuple[st
     Returns: the name of the recipe that describes the model, and the model.
 
     Raises:
-        ConversionError: no such file, no state dict in it, keys that are missing, unexpected or of another shape than
-            the variant's, or an output_dir that holds something.
+        ConversionError: no such file, no state dict in it, or keys that are missing, unexpected or of another shape
+            than the variant's.
+        FolderError: an output_dir that holds something or cannot be written.
     """
-    output_dir = Path(output_dir)
-    if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
-        raise ConversionError(
-            f"output_dir: expected a new or an empty folder, got {output_dir}, which is there already"
-        )
-    tensors = _read_state_dict(checkpoint)
-    if "patchembedding.projection.0.weight" in tensors:  # the convolution; in the others the linear layer comes second
-        recipe = "tutorial_pe_conv"
-    else:
-        recipe = "tutorial_basic" if "patchembedding.positions" in tensors else "tutorial_pe"
-    model = ViTCifarForImageClassification(ViTCifarConfig(**recipe_model(recipe)))
-    model.load_state_dict(_rename(tensors, model.state_dict(), recipe))
-
-    try:
-        output_dir.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}.") as scratch:
-            part = Path(scratch) / output_dir.name
-            model.save_pretrained(part)
-            image_processor(model.config.image_size).save_pretrained(part)
-            os.replace(part, output_dir)
-    except OSError as error:
-        raise ConversionError(
-            f"output_dir: expected a folder that can be written, got {output_dir}: {error}"
-        ) from error
+    with new_folder(output_dir) as folder:
+        tensors = _read_state_dict(checkpoint)
+        if "patchembedding.projection.0.weight" in tensors:  # the convolution; elsewhere the linear layer comes second
+            recipe = "tutorial_pe_conv"
+        else:
+            recipe = "tutorial_basic" if "patchembedding.positions" in tensors else "tutorial_pe"
+        model = ViTCifarForImageClassification(ViTCifarConfig(**recipe_model(recipe)))
+        model.load_state_dict(_rename(tensors, model.state_dict(), recipe))
+        model.save_pretrained(folder)
+        image_processor(model.config.image_size).save_pretrained(folder)
     return recipe, model.eval()
 
 

@@ -16,6 +16,7 @@ from torchvision.transforms.v2 import functional as F
 from tqdm.auto import tqdm
 from transformers import ViTImageProcessor
 
+from ..errors import UserError
 from ..images import UNREADABLE
 
 CIFAR10_NAME = "uoft-cs/cifar10"
@@ -26,7 +27,7 @@ SAMPLE_FOLDER = Path(__file__).parents[1] / "demo" / "assets" / "sample"
 CACHE_FORMAT = "1"  # part of the cache's key: raise it when what is stored changes
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """A dataset that cannot be used; the message is one line that names split, row and column."""
 
 

@@ -1,0 +1,119 @@
+"""A model folder's records -> its model card. Not a number comes from anywhere else."""
+
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import Environment, StrictUndefined, UndefinedError
+from matplotlib.figure import Figure
+
+from ..configuration_vit_cifar import CIFAR10_CLASSES, ViTCifarConfig
+from ..evaluation.examination import Examination, calibration_errors, calibration_words, read_examination, trust_table
+from ..evaluation.records import RecordError, read_record, time_and_machine
+from ..explain.pictures import draw_overlays
+from ..models import HUB_CARD, class_names, load_model
+from ..training.data import CIFAR10_NAME
+
+PICTURE_NAME = "overlays.png"
+# What of the recorded arguments a reader of the card wants to know; `command` and the record have the rest.
+SETTINGS = (
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "optimizer", "muon_learning_rate", "optim"),
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "label_smoothing_factor"),
+    *("flip", "max_shift", "shift_fill", "cutout_size", "cutmix_probability", "trivial_augment_probability", "seed"),
+)
+
+
+def model_card(folder: str | Path, repo_id: str) -> ModelCard:
+    """The card of a model folder, filled from its records by `hub_card/model_card.md`.
+
+    Args:
+        folder: with config.json, model.safetensors, training_record.json and, if it was examined, examination.json.
+        repo_id: what the card's code calls the model, as in "user/name".
+
+    Raises:
+        RecordError: a record is missing, damaged or of other weights, or lacks something that the card says.
+    """
+    try:
+        return ModelCard(_fill(Path(folder), repo_id))
+    except (KeyError, TypeError, UndefinedError) as error:
+        raise RecordError(f"{folder}: expected a record with all that a card says, got one without: {error}") from error
+
+
+def _fill(folder: Path, repo_id: str) -> str:
+    record, config, examined = read_record(folder), ViTCifarConfig.from_pretrained(folder), read_examination(folder)
+    arguments, classes = record["arguments"], class_names(config)
+    examination = examined.record if examined else None
+    per_class = record["test_accuracy_per_class"]
+    kinds = {"conv_stem": "A Vision Transformer on a convolutional stem"}
+    template = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False).from_string(
+        (HUB_CARD / "model_card.md").read_text()
+    )
+    return template.render(
+        card_data=_metadata(record, classes, repo_id, examination).to_yaml(),
+        name=repo_id.split("/")[-1],
+        repo_id=repo_id,
+        kind=kinds.get(config.patch_embedding, "A Vision Transformer"),
+        record={"git_commit": None, **record, "hardware": {"gpu": None, **record["hardware"]}},
+        config=config,
+        classes=classes,
+        grid=config.image_size // config.patch_size,
+        base_model=arguments.get("model_name_or_path"),
+        per_class=per_class,
+        worst=min(per_class, key=per_class.get),
+        best=max(per_class, key=per_class.get),
+        passes=arguments["num_train_epochs"],
+        settings={name: arguments[name] for name in SETTINGS if name in arguments},
+        time_and_machine=time_and_machine(record),
+        examination=examination,
+        calibration_words=calibration_words,
+        trust_table=trust_table,
+        is_cifar10=classes == list(CIFAR10_CLASSES),
+        percent="{:.2%}".format,
+    )
+
+
+def _metadata(record: dict, classes: list[str], repo_id: str, examination: dict | None) -> ModelCardData:
+    """The card's YAML. A copy of CIFAR-10 is filed under the Hub's, and named as what it is in the results."""
+    name = record["dataset"]["name"]
+    hub_id = CIFAR10_NAME if classes == list(CIFAR10_CLASSES) else name if name.count("/") == 1 else None
+    of = {
+        "task_type": "image-classification",
+        "dataset_type": hub_id or name,
+        "dataset_name": name,
+        "dataset_split": "test",
+    }
+    results = [EvalResult(metric_type="accuracy", metric_name="Accuracy", metric_value=record["test_accuracy"], **of)]
+    if examination:
+        results.append(
+            EvalResult(
+                metric_type="expected_calibration_error",
+                metric_name="Expected calibration error, 15 bins",
+                metric_value=calibration_errors(examination)[0],
+                **of,
+            )
+        )
+    base_model = record["arguments"].get("model_name_or_path")
+    return ModelCardData(
+        license="apache-2.0",
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        tags=["vision-transformer", "vit_cifar", "attention-maps"],
+        datasets=[hub_id] if hub_id else None,
+        metrics=["accuracy"],
+        base_model=base_model if base_model and base_model.count("/") == 1 else None,
+        model_name=repo_id.split("/")[-1],
+        eval_results=results,
+    )
+
+
+def card_picture(folder: str | Path, examination: Examination) -> Figure:
+    """The card's picture: right answers for three classes, those least sure, and the surest mistake of all."""
+    answers, names = examination.answers, examination.answers.features["label"].names
+    rows = answers.remove_columns("image").add_column("row", range(len(answers))).to_list()
+    rows.sort(key=lambda row: row["confidence"])
+    right = [row for row in rows if row["label"] == row["prediction"]]
+    least_sure = {row["label"]: row for row in reversed(right)}
+    surest_mistake = [row for row in rows if row["label"] != row["prediction"]][-1:]
+    chosen = [least_sure[label] for label in sorted(least_sure)[:3]] + surest_mistake
+    notes = ["" if row["label"] == row["prediction"] else f"label: {names[row['label']]}" for row in chosen]
+    images = [answers[row["row"]]["image"].convert("RGB") for row in chosen]
+    return draw_overlays(*load_model(str(folder)), images, notes)
