@@ -1,13 +1,20 @@
 """Functions that tests share."""
 
 import os
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from time import monotonic, sleep
 
 import pytest
+from playwright.sync_api import Page, sync_playwright
 
 ROOT = Path(__file__).parents[1]
+CHROMIUM = Path("/usr/bin/chromium")
+PATIENCE = 120  # seconds; a test machine may be busy
 
 
 def skip_or_fail(reason: str) -> None:
@@ -17,11 +24,11 @@ def skip_or_fail(reason: str) -> None:
     pytest.skip(reason)
 
 
-def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
+def run(*command: object, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
     """A command from the repository root, without network, with its output as text."""
     return subprocess.run(
         [str(word) for word in command],
-        cwd=ROOT,
+        cwd=cwd,
         env=os.environ | {"HF_HUB_OFFLINE": "1"} | environment,
         capture_output=True,
         text=True,
@@ -39,3 +46,51 @@ def run_elsewhere(script: str, folder: Path, *arguments: object) -> subprocess.C
         text=True,
         timeout=300,
     )
+
+
+def new_environment(folder: Path, *requirements: str) -> Path:
+    """An empty virtual environment with these installed by pip; the folder of its commands."""
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True, timeout=300)
+    subprocess.run([folder / "bin" / "pip", "install", "--quiet", *requirements], check=True, timeout=1200)
+    return folder / "bin"
+
+
+@contextmanager
+def served(folder: Path, *command: object, **environment: str) -> Iterator[tuple[subprocess.Popen, str]]:
+    """The process of a command that serves the page, run in `folder`, and the page's address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log, url = folder / "page.log", f"http://127.0.0.1:{port}"
+    settings = {"GRADIO_SERVER_PORT": str(port), "HF_HUB_OFFLINE": "1"} | environment
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [str(word) for word in command],
+            cwd=folder,
+            env=os.environ | settings,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        deadline = monotonic() + 3 * PATIENCE
+        while url not in log.read_text():
+            assert process.poll() is None and monotonic() < deadline, log.read_text()
+            sleep(0.2)
+        yield process, url
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextmanager
+def open_when_served(folder: Path, *command: object, **environment: str) -> Iterator[Page]:
+    """The page that a command serves, in Chromium, with its first answer."""
+    if not CHROMIUM.is_file():
+        skip_or_fail("no chromium in /usr/bin")
+    with served(folder, *command, **environment) as (_, url), sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page()
+        page.goto(url)
+        page.wait_for_selector("#answer h2", timeout=1000 * PATIENCE)
+        yield page
+        browser.close()

@@ -1,13 +1,9 @@
 import json
-import os
 import re
-import socket
-import subprocess
 import sys
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from time import monotonic, sleep
 
 import httpx
 import numpy as np
@@ -18,7 +14,7 @@ import torch
 from gradio.route_utils import delete_files_created_by_app
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
-from helpers import ROOT, run, skip_or_fail
+from helpers import CHROMIUM, PATIENCE, ROOT, run, served, skip_or_fail
 from PIL import Image, ImageOps
 from playwright.sync_api import Browser, Page, Request, expect, sync_playwright
 
@@ -33,8 +29,6 @@ from vit_cifar.images import ImageError, open_image
 from vit_cifar.models import load_model
 from vit_cifar.training.data import load_split
 
-CHROMIUM = Path("/usr/bin/chromium")
-PATIENCE = 120  # seconds; a test machine may be busy
 LAYERS, HEADS = 2, 4
 
 
@@ -599,25 +593,9 @@ def test_app_without_gradio_says_what_to_install():
 
 
 def test_app_serves_the_model_of_the_flag_to_this_machine_alone(tiny_model_folder, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {"GRADIO_SERVER_PORT": str(port), "MODEL_ID": "not/this-one", "HF_HUB_OFFLINE": "1"}
-    log = tmp_path / "log"
-    with log.open("w") as file:
-        command = [sys.executable, "app.py", "--model", str(tiny_model_folder)]
-        app = subprocess.Popen(
-            command, cwd=ROOT, env=os.environ | environment, stdout=file, stderr=subprocess.STDOUT, text=True
-        )
-    try:
-        deadline = monotonic() + 3 * PATIENCE
-        while f"http://127.0.0.1:{port}" not in log.read_text():
-            assert app.poll() is None and monotonic() < deadline, log.read_text()
-            sleep(0.2)
-        config = httpx.get(f"http://127.0.0.1:{port}/config", timeout=PATIENCE).json()
+    command = [sys.executable, ROOT / "app.py", "--model", tiny_model_folder]
+    with served(tmp_path, *command, MODEL_ID="not/this-one") as (app, url):
+        config = httpx.get(f"{url}/config", timeout=PATIENCE).json()
         listening = [c.laddr.ip for c in psutil.Process(app.pid).net_connections() if c.status == psutil.CONN_LISTEN]
-    finally:
-        app.kill()
-        app.wait()
     assert tiny_model_folder.name in config["title"], json.dumps(config["title"])
     assert listening and set(listening) == {"127.0.0.1"}

@@ -185,8 +185,8 @@ def draw_overlays(
     figure = Figure(figsize=(8, 2.07 * len(images)), layout="constrained")
     for row, axes in enumerate(figure.subplots(len(images), len(columns), squeeze=False)):
         for (title, pictures), axis in zip(columns.items(), axes, strict=True):
-            picture = pictures[row]
-            axis.imshow(picture if picture.ndim == 2 else picture.permute(1, 2, 0), interpolation="nearest")
+            picture = pictures[row] if pictures.ndim == 3 else pictures[row].permute(1, 2, 0)
+            axis.imshow(picture.numpy(), interpolation="nearest")
             axis.set(xticks=[], yticks=[], title=title if row == 0 else "")
         answer = f"{model.config.id2label[labels[row].item()]} {scores[row]:.0%}"
         axes[0].set_ylabel("\n".join(filter(None, [answer, notes[row]])))

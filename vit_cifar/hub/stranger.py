@@ -13,9 +13,9 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 @torch.inference_mode()
 def answer(model: PreTrainedModel, processor: BaseImageProcessor, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """uint8 images (B, 3, H, W) -> `logits` (B, classes) and `attentions` (layers, B, heads, N, N)."""
+    """uint8 images (B, 3, H, W) -> `logits` (B, classes) and `attentions` (B, layers, heads, N, N)."""
     outputs = model(**processor(list(images), return_tensors="pt"), output_attentions=True)
-    return {"logits": outputs.logits, "attentions": torch.stack(outputs.attentions)}
+    return {"logits": outputs.logits, "attentions": torch.stack(outputs.attentions, dim=1)}
 
 
 def main(folder: str, images: str, output: str) -> None:

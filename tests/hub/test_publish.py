@@ -1,0 +1,169 @@
+"""What may be published, and that what is published is what a stranger gets. Over HTTP: test_over_http.py."""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import run
+from safetensors.torch import load_file, save_file
+
+from vit_cifar.errors import UserError
+from vit_cifar.evaluation.records import RECORD_NAME, read_record, weights_sha256
+from vit_cifar.hub.publish import PublishError, build_model_repo, check_accuracy, check_as_stranger, check_card, publish
+from vit_cifar.models import BUNDLED_MODELS, DEFAULT_MODEL
+
+NANO = BUNDLED_MODELS / DEFAULT_MODEL
+REPO_ID = "user/name"
+
+
+@pytest.fixture
+def model_dir(tmp_path: Path) -> Path:
+    return shutil.copytree(NANO, tmp_path / "nano")
+
+
+@pytest.fixture
+def built(tmp_path: Path) -> Path:
+    folder = tmp_path / "built"
+    folder.mkdir()
+    build_model_repo(NANO, REPO_ID, folder)
+    return folder
+
+
+def change_weights(folder: Path, change) -> None:
+    """Other weights, and a record that belongs to them."""
+    path, record = folder / "model.safetensors", read_record(folder)
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path, metadata={"format": "pt"})
+    record["weights_sha256"] = weights_sha256(folder)
+    (folder / RECORD_NAME).write_text(json.dumps(record))
+    for name in ("examination.json", "mistakes.parquet"):
+        (folder / name).unlink()
+
+
+def test_what_is_built_is_checked_and_kept(tmp_path):
+    said = []
+    assert publish(NANO, REPO_ID, output=tmp_path / "built", say=said.append) is None
+    assert [line.split(":")[0].split(",")[0] for line in said[:2]] == ["card", "loaded without this package"]
+    assert said[2].startswith("not evaluated again") and "nothing was uploaded" in said[-1]
+    names = {path.name for path in (tmp_path / "built").iterdir()}
+    assert names == {
+        *("README.md", "config.json", "model.safetensors", "preprocessor_config.json", "training_record.json"),
+        *("configuration_vit_cifar.py", "modeling_vit_cifar.py"),
+        *("examination.json", "mistakes.parquet", "overlays.png"),
+    }
+    for name in ("model.safetensors", "config.json", "training_record.json"):
+        assert (tmp_path / "built" / name).read_bytes() == (NANO / name).read_bytes()
+
+
+def spoil(folder: Path, how: str) -> None:
+    if how == "pickle":
+        torch.save({}, folder / "pytorch_model.bin")
+    elif how == "no record":
+        (folder / RECORD_NAME).unlink()
+    elif how == "other weights":
+        weights = load_file(folder / "model.safetensors")
+        weights["classifier.bias"] += 1
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    elif how == "NaN":
+        change_weights(folder, lambda weights: weights["classifier.bias"].fill_(float("nan")))
+    elif how == "missing weight":
+        change_weights(folder, lambda weights: weights.pop("classifier.bias"))
+    elif how == "no processor":
+        (folder / "preprocessor_config.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("pickle", "expected weights as safetensors alone, got pytorch_model.bin"),
+        ("no record", "expected a training_record.json, got none"),
+        ("other weights", "expected the record of these weights"),
+        ("NaN", "expected finite weights, got NaN or infinity in classifier.bias"),
+        ("missing weight", "got missing keys: ['classifier.bias']"),
+        ("no processor", "got no preprocessor_config.json"),
+    ],
+)
+def test_what_is_refused(model_dir, tmp_path, how, message):
+    spoil(model_dir, how)
+    before = {path: path.read_bytes() for path in model_dir.iterdir()}
+    with pytest.raises(UserError) as error:
+        publish(model_dir, REPO_ID, output=tmp_path / "built", say=lambda line: None)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "built").exists()
+    assert {path: path.read_bytes() for path in model_dir.iterdir()} == before
+
+
+@pytest.mark.parametrize("repo_id", ["name", "user/", "a/b/c", "user/na me", ""])
+def test_a_repo_id_without_user_or_name_is_refused(repo_id):
+    with pytest.raises(PublishError, match="repo-id: expected user/name, got"):
+        publish(NANO, repo_id)
+
+
+def test_a_folder_that_is_taken_is_left_alone(tmp_path):
+    (tmp_path / "mine").write_text("precious")
+    with pytest.raises(UserError, match="output: expected a new or an empty folder"):
+        publish(NANO, REPO_ID, output=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_remote_code_that_answers_otherwise_is_refused(built):
+    assert "differ by at most" in check_as_stranger(built)
+    path = built / "modeling_vit_cifar.py"
+    code = path.read_text()
+    path.write_text(code.replace("self.scaling = self.head_dim**-0.5", "self.scaling = 1.0"))
+    with pytest.raises(PublishError, match="remote code: expected the answers of this package to 0.0001, got logits"):
+        check_as_stranger(built)
+    path.write_text(code.replace("from .configuration_vit_cifar", "from vit_cifar.configuration_vit_cifar"))
+    with pytest.raises(PublishError, match="remote code: expected a model that loads without this package, got "):
+        check_as_stranger(built)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("license: apache-2.0\n", "", "got no license"),
+        ("value: 0.9012", "value: 0.95", r"expected the record's accuracy 0.9012, got \[0.95\]"),
+        ("(overlays.png)", "(elsewhere.png)", "got elsewhere.png"),
+        ("## Citation", "[More Information Needed]", "every section to be filled"),
+    ],
+)
+def test_a_card_that_is_not_the_records_is_refused(built, old, new, message):
+    check_card(built)
+    card = (built / "README.md").read_text()
+    assert old in card
+    (built / "README.md").write_text(card.replace(old, new))
+    with pytest.raises(PublishError, match=message):
+        check_card(built)
+
+
+def test_a_record_that_the_dataset_contradicts_is_refused(smoke_folder, tmp_path):
+    folder = shutil.copytree(smoke_folder, tmp_path / "run")
+    assert "as the record says" in check_accuracy(folder, None)  # `sample` travels with the package
+    record = read_record(folder)
+    (folder / RECORD_NAME).write_text(json.dumps(record | {"test_accuracy": record["test_accuracy"] + 0.01}))
+    with pytest.raises(PublishError, match="record: expected its test accuracy"):
+        check_accuracy(folder, "sample")
+    with pytest.raises(UserError, match="dataset_name: expected a dataset"):
+        check_accuracy(folder, "no/such-dataset")
+
+
+def test_the_command_without_a_token_says_how_to_log_in(tmp_path):
+    words = ["publish", NANO, "--repo-id", REPO_ID, "--push"]
+    finished = run(sys.executable, "-m", "vit_cifar", *words, HF_HOME=str(tmp_path), HF_TOKEN="")
+    assert finished.returncode == 2 and finished.stdout == ""
+    assert finished.stderr == ("vit-cifar: push: expected a token of the Hub, got none: `hf auth login` stores one\n")
+
+
+def test_an_installation_without_checkout_says_so(tmp_path):
+    package = Path(sys.modules["vit_cifar"].__file__).parent
+    shutil.copytree(package, tmp_path / "vit_cifar", ignore=shutil.ignore_patterns("__pycache__"))
+    for words in (["publish", NANO], ["publish-space", "--model-id", REPO_ID, "--model-revision", "a" * 40]):
+        words = ["-m", "vit_cifar", *words, "--repo-id", REPO_ID]
+        finished = run(sys.executable, *words, PYTHONPATH=f"{tmp_path}{os.pathsep}", cwd=tmp_path)
+        assert finished.returncode == 2
+        assert finished.stderr.count("\n") == 1 and "expected a checkout of the project" in finished.stderr
