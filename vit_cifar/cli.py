@@ -260,11 +260,8 @@ def demo(
             raise
         print('vit-cifar: the page needs gradio: pip install "vit-cifar[demo]"', file=sys.stderr)
         raise typer.Exit(2) from error
-    from datasets import disable_progress_bars
-
     from .demo.views import load_subjects
 
-    disable_progress_bars()  # of reading small files
     build_page(load_subjects(model or None)).launch(**LAUNCH_OPTIONS)
 
 

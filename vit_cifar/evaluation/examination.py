@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
+import pyarrow.parquet
 import torch
+from datasets.table import InMemoryTable
 from torchvision.transforms.v2 import functional as F
 from tqdm.auto import tqdm
 from transformers import ViTImageProcessor
@@ -256,7 +258,8 @@ def read_examination(folder: str | Path) -> Examination | None:
             raise records.RecordError(f"{folder}: expected {EXAMINATION_NAME} and {MISTAKES_NAME}, got no {path.name}")
     try:
         record = json.loads(paths[0].read_text())
-        rows = datasets.Dataset.from_parquet(str(paths[1]))
+        # Not Dataset.from_parquet, which would write a copy into the cache folder.
+        rows = datasets.Dataset(InMemoryTable(pyarrow.parquet.read_table(paths[1])))
     except Exception as error:  # a damaged parquet file can be of any type in the libraries below
         raise records.RecordError(f"{folder}: expected an examination, got files that cannot be read") from error
     found, expected = {record["weights_sha256"], *rows.unique("weights_sha256")}, records.weights_sha256(folder)

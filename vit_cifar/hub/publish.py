@@ -6,14 +6,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
 import torch
 from huggingface_hub import CommitInfo, HfApi, ModelCard, get_token
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError  # the second, of the network, is of its HTTP library
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors.torch import load_file, save_file
 
@@ -226,7 +226,7 @@ def hub_errors(doing: str) -> Iterator[None]:
     """What the Hub or the network answers inside becomes a PublishError of one line."""
     try:
         yield
-    except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
+    except (HfHubHTTPError, HTTPError, OSError, ValueError) as error:
         raise PublishError(f"{doing}: {' '.join(str(error).split())}") from error
 
 
@@ -241,6 +241,8 @@ def upload(folder: Path, repo_id: str, repo_type: str, private: bool, revision: 
         PublishError: the Hub said no, or could not be reached. An earlier revision stays as it was.
     """
     api = HfApi()
+    # That there is a data file in a model's repository: the mistakes beside the weights.
+    warnings.filterwarnings("ignore", message="It seems that you are about to commit a data file")
     with hub_errors(f"push to {repo_id}"):
         space_sdk = "gradio" if repo_type == "space" else None
         # None leaves it to the user's or the organisation's own default.
