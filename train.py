@@ -14,6 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from vit_cifar import ViTCifarForImageClassification
 from vit_cifar.evaluation import records
 from vit_cifar.evaluation.metrics import evaluate
+from vit_cifar.models import local_folder
 from vit_cifar.training.arguments import RecipeArguments, fastest_attention, parse_arguments
 from vit_cifar.training.data import DataError, ImageDataset, load_rows, load_split, split_off_validation
 from vit_cifar.training.initialization import initial_model, load_start
@@ -70,9 +71,9 @@ def main(argv: list[str]) -> None:
     public = {"dataset_name": dataset_name}
     if recipe.model_name_or_path:
         public["model_name_or_path"] = records.public_name(recipe.model_name_or_path)
-        folder = Path(recipe.model_name_or_path)
-        commit_hash = getattr(pretrained.config, "_commit_hash", None)  # on the Hub
-        public["model_revision"] = records.weights_sha256(folder) if folder.is_dir() else commit_hash
+        folder = local_folder(recipe.model_name_or_path)
+        is_local = folder == Path(recipe.model_name_or_path)
+        public["model_revision"] = records.weights_sha256(folder) if is_local else folder.name
     record = {
         "recipe": recipe.recipe,
         "command": records.public_command(["python", "train.py", *argv], public),

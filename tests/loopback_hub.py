@@ -26,9 +26,9 @@ Files = dict[str, bytes]
 class Refusal(Exception):
     """An answer other than 200."""
 
-    def __init__(self, status: int, message: str, code: str | None = None):
+    def __init__(self, status: int, message: str, code: str | None = None, **content: str):
         super().__init__(message)
-        self.status, self.message, self.code = status, message, code
+        self.status, self.message, self.code, self.content = status, message, code, {"error": message} | content
 
 
 @dataclass
@@ -145,7 +145,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refusal(404, f"no such page: {path}", "EntryNotFound")
         except Refusal as refusal:
             headers = {"X-Error-Message": refusal.message} | ({"X-Error-Code": refusal.code} if refusal.code else {})
-            self.answer(refusal.status, json.dumps({"error": refusal.message}).encode(), headers)
+            self.answer(refusal.status, refusal.content, headers)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_request
 
@@ -166,7 +166,7 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def repo(self, kind: str, repo_id: str) -> Repo:
-        return self.hub.repo(kind.strip("s/") or "model", repo_id, self.authorized)
+        return self.hub.repo(kind.removesuffix("/").removesuffix("s") or "model", repo_id, self.authorized)
 
     # Each returns (content, headers): bytes, or what becomes JSON.
 
@@ -187,12 +187,13 @@ class _Handler(BaseHTTPRequestHandler):
     def create_repo(self):
         wanted = json.loads(self.body)
         repo_id = f"{wanted.get('organization') or self.hub.user}/{wanted['name']}"
-        kind, url = wanted.get("type") or "model", f"{self.hub.url}/{repo_id}"
+        kind = wanted.get("type") or "model"
+        url = f"{self.hub.url}/{repo_id if kind == 'model' else f'{kind}s/{repo_id}'}"
         if (kind, repo_id) in self.hub.repos:
-            raise Refusal(409, "You already created this repo")
+            raise Refusal(409, "You already created this repo", url=url)
         self.hub.add_repo(kind, repo_id, {})
         self.hub.repos[kind, repo_id].private = wanted.get("visibility") == "private" or wanted.get("private") is True
-        return {"url": url.replace(repo_id, f"{kind}s/{repo_id}") if kind != "model" else url}, None
+        return {"url": url}, None
 
     @route("POST", "/api/{kind}/{id}/branch/{branch}")
     def create_branch(self, kind: str, id: str, branch: str):
@@ -272,11 +273,14 @@ class _Handler(BaseHTTPRequestHandler):
     @route("GET", "/api/{kind}/{id}/tree/{revision}")
     def tree(self, kind: str, id: str, revision: str, folder: str = ""):
         repo = self.repo(kind, id)
-        files = repo.commits[repo.sha(revision)]
-        inside = {path: content for path, content in files.items() if not folder or path.startswith(f"{folder}/")}
+        files, start = repo.commits[repo.sha(revision)], f"{folder}/" if folder else ""
+        inside = {path: content for path, content in files.items() if path.startswith(start)}
         if folder and not inside:
             raise Refusal(404, f"{folder} does not exist", "EntryNotFound")
-        return [describe(path, content) for path, content in inside.items()], None
+        if "recursive=True" in self.path:
+            return [describe(path, content) for path, content in inside.items()], None
+        names = {start + path.removeprefix(start).split("/")[0] for path in inside}
+        return [describe(path, files.get(path)) for path in sorted(names)], None
 
     @route("GET", "/api/{kind}/{id}/tree/{revision}/{path}")
     def tree_of_folder(self, kind: str, id: str, revision: str, path: str):
@@ -286,9 +290,8 @@ class _Handler(BaseHTTPRequestHandler):
     def paths_info(self, kind: str, id: str, revision: str):
         repo = self.repo(kind, id)
         files, wanted = repo.commits[repo.sha(revision)], json.loads(self.body)["paths"]
-        folders = {str(parent) for path in files for parent in Path(path).parents if str(parent) != "."}
-        found = [describe(path, files[path]) for path in wanted if path in files]
-        return [*found, *({"type": "directory", "path": p, "oid": "0" * 40} for p in wanted if p in folders)], None
+        folders = {str(parent) for path in files for parent in Path(path).parents}
+        return [describe(path, files.get(path)) for path in wanted if path in files or path in folders], None
 
     @route("GET", "/{prefix}{id}/resolve/{revision}/{path}")
     def resolve(self, prefix: str, id: str, revision: str, path: str):
@@ -300,8 +303,10 @@ class _Handler(BaseHTTPRequestHandler):
         return content, {"X-Repo-Commit": sha, "ETag": f'"{hashlib.sha256(content).hexdigest()}"'}
 
 
-def describe(path: str, content: bytes) -> dict:
-    """A file as the Hub lists it."""
+def describe(path: str, content: bytes | None) -> dict:
+    """A file as the Hub lists it; a folder has no content."""
+    if content is None:
+        return {"type": "directory", "path": path, "oid": hashlib.sha1(path.encode()).hexdigest(), "size": 0}
     entry = {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
     if path.endswith(LARGE):
         entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}

@@ -266,10 +266,15 @@ def demo(
 
 
 def main() -> None:
+    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.logging import set_verbosity_error
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # of loading a small file; decoding keeps its own
+    # Of small files; decoding keeps its own. Of retries: if they come to nothing, the error says so.
+    logging.disable_progress_bar()
     logging.set_verbosity_error()
+    disable_progress_bars()
+    set_verbosity_error()
     warnings.filterwarnings("ignore", module="PIL|torch")  # of damaged files: the error says what the user needs
     try:
         app()

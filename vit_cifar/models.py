@@ -58,19 +58,13 @@ def load_model(name: str | None = None) -> tuple[ViTCifarForImageClassification,
         name = str(BUNDLED_MODELS / DEFAULT_MODEL)
         if not Path(name).is_dir():
             raise ModelError("model: expected a folder or a Hub id, got none, and this installation carries no model")
-    name, revision = split_revision(name)
+    folder = local_folder(name)
     with _one_line(name):
-        if not Path(name).is_dir():
-            validate_repo_id(name)
-        # The package's own classes only: nobody is asked whether to run a stranger's code.
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-        if not isinstance(config, ViTCifarConfig):
-            raise ModelError(f"model: expected type {ViTCifarConfig.model_type}, got {config.model_type} in {name}")
         # Mismatched weights are let in so that they can be refused below by name.
         model, info = ViTCifarForImageClassification.from_pretrained(
-            name, revision=revision, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=True
+            folder, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=True
         )
-        processor = ViTImageProcessor.from_pretrained(name, revision=revision)
+        processor = ViTImageProcessor.from_pretrained(folder)
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if found := info.get(problem):
             raise ModelError(f"model: expected all weights of {name}, got {problem.replace('_', ' ')}: {sorted(found)}")
@@ -83,14 +77,20 @@ def class_names(config: ViTCifarConfig) -> list[str]:
 
 
 def local_folder(name: str) -> Path:
-    """The folder with what lies beside a model's weights; a Hub id's is downloaded.
+    """The folder of a model's weights and of what lies beside them; a Hub id's is downloaded, and named by its commit.
 
     Raises:
-        ModelError: there is no such model.
+        ModelError: there is no such model, or it is of another type.
     """
-    if Path(name).is_dir():
-        return Path(name)
-    name, revision = split_revision(name)
+    repo_id, revision = split_revision(name)
     with _one_line(name):
-        wanted = ["*.json", "*.parquet", "model.safetensors"]
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+        if not Path(name).is_dir():
+            validate_repo_id(repo_id)
+        # Before the weights, which may be large; the package's own classes only: nobody is asked to run other code.
+        config = AutoConfig.from_pretrained(repo_id, revision=revision, trust_remote_code=False)
+        if not isinstance(config, ViTCifarConfig):
+            raise ModelError(f"model: expected type {ViTCifarConfig.model_type}, got {config.model_type} in {name}")
+        if Path(name).is_dir():
+            return Path(name)
+        wanted = ["*.json", "model.safetensors", "mistakes.parquet"]
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=wanted))

@@ -1,14 +1,20 @@
 """From a folder to the Hub and back, over HTTP, by a stand-in for the Hub on this machine."""
 
+import json
+import os
+import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, run
+import torch
+from helpers import ROOT, new_environment, open_when_served, run
 from loopback_hub import LoopbackHub
 
-from vit_cifar.models import BUNDLED_MODELS, DEFAULT_MODEL
+from vit_cifar.hub.stranger import answer
+from vit_cifar.models import BUNDLED_MODELS, DEFAULT_MODEL, load_model
 from vit_cifar.training.data import SAMPLE_FOLDER
 
 pytestmark = pytest.mark.slow
@@ -54,3 +60,168 @@ def one_line(finished, code: int = 2) -> str:
     assert finished.returncode == code, finished.stdout + finished.stderr
     assert finished.stderr.count("\n") == 1, finished.stderr
     return finished.stderr
+
+
+def test_push_and_load_in_another_process_with_an_empty_cache(hub, tmp_path):
+    """The whole way: one commit with weights as safetensors alone and the remote code; its answers are the folder's."""
+    pushed = publish(hub, tmp_path / "ours")
+    assert pushed.returncode == 0, pushed.stderr
+    assert pushed.stderr == ""
+    repo = hub.repos["model", MODEL_ID]
+    sha = repo.refs["main"]
+    assert f"load it with revision='{sha}'" in pushed.stdout and repo.messages == [
+        "initial commit",
+        "vit-cifar10-nano, 90.12% test accuracy",
+    ]
+    files = repo.commits[sha]
+    assert {"README.md", "model.safetensors", "modeling_vit_cifar.py", "training_record.json"} <= set(files)
+    assert not [name for name in files if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
+
+    script = """
+import sys
+sys.modules["vit_cifar"] = None
+import torch
+from huggingface_hub import snapshot_download
+from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+repo_id, sha, image, output = sys.argv[1:]
+trust = {"revision": sha, "trust_remote_code": True}
+model = AutoModelForImageClassification.from_pretrained(repo_id, **trust)
+processor = AutoImageProcessor.from_pretrained(repo_id, revision=sha)
+pixels = torch.arange(3 * 32 * 32, dtype=torch.uint8).view(3, 32, 32)
+with torch.inference_mode():
+    outputs = model(**processor([pixels], return_tensors="pt"), output_attentions=True)
+torch.save({"logits": outputs.logits, "attentions": torch.stack(outputs.attentions, dim=1)}, output)
+print(pipeline("image-classification", model=repo_id, **trust)(image, top_k=1)[0]["label"])
+print(snapshot_download(repo_id, revision=sha))
+"""
+    command = [sys.executable, "-I", "-c", script, MODEL_ID, sha, SHIP, tmp_path / "answer.pt"]
+    finished = run(*command, cwd=tmp_path, **hub.environment(tmp_path / "theirs"))
+    assert finished.returncode == 0, finished.stderr
+    label, snapshot = finished.stdout.splitlines()
+    assert label == "ship"
+    assert {path.name: path.read_bytes() for path in Path(snapshot).iterdir()} == files
+    pixels = torch.arange(3 * 32 * 32, dtype=torch.uint8).view(1, 3, 32, 32)
+    ours, theirs = answer(*load_model(str(NANO)), pixels), torch.load(tmp_path / "answer.pt")
+    for name in ours:
+        torch.testing.assert_close(theirs[name], ours[name], rtol=0, atol=1e-5)
+
+
+def test_push_to_a_branch_and_private(hub, tmp_path):
+    assert publish(hub, tmp_path, "--private", "--revision", "trial").returncode == 0
+    repo = hub.repos["model", MODEL_ID]
+    assert repo.private and "README.md" in repo.commits[repo.refs["trial"]]
+    assert repo.commits[repo.refs["main"]] == {}
+    for name, ends in ((f"{MODEL_ID}@trial", 0), (MODEL_ID, 2)):
+        assert vit_cifar(hub, tmp_path / "other", "predict", SHIP, "--model", name).returncode == ends
+    stranger = vit_cifar(hub, tmp_path / "stranger", "predict", SHIP, "--model", f"{MODEL_ID}@trial", HF_TOKEN="")
+    assert "expected a model folder or a Hub id" in one_line(stranger)
+
+
+def test_a_wrong_token_is_one_line(hub, tmp_path):
+    said = one_line(publish(hub, tmp_path, HF_TOKEN="hf_wrong"))
+    assert "push to your-name/vit-cifar10-nano: 401 Unauthorized, Invalid username or password." in said
+    assert hub.repos == {}
+
+
+@pytest.mark.parametrize("where", ["/commit/main", "/lfs/"])
+def test_an_upload_that_breaks_leaves_the_earlier_revision(hub, tmp_path, where):
+    """At the commit, and before it, at the weights."""
+    before = hub.add_repo("model", MODEL_ID, {"README.md": b"as before"})
+    hub.fault = lambda method, path: 500 if where in path else None
+    assert "push to your-name/vit-cifar10-nano: 500 Internal Server Error" in one_line(publish(hub, tmp_path))
+    repo = hub.repos["model", MODEL_ID]
+    assert repo.refs == {"main": before} and repo.commits == {before: {"README.md": b"as before"}}
+    hub.fault = lambda method, path: None
+    assert publish(hub, tmp_path).returncode == 0  # again, as the note says
+    assert repo.commits[repo.refs["main"]]["README.md"].startswith(b"---\n")
+
+
+@pytest.mark.parametrize("name", ["your-name/nothing", f"{MODEL_ID}@no-such-branch"])
+def test_a_repo_or_revision_that_is_not_there_is_one_line(shared_hub, tmp_path, name):
+    finished = vit_cifar(shared_hub, tmp_path, "predict", SHIP, "--model", name)
+    assert "vit-cifar: model: expected a model folder or a Hub id, got" in one_line(finished)
+    assert finished.stdout == ""
+
+
+def test_a_download_that_breaks_off_is_one_line_and_leaves_nothing_half(hub, tmp_path):
+    hub.add_repo("model", MODEL_ID, {path.name: path.read_bytes() for path in NANO.iterdir() if path.is_file()})
+    hub.fault = lambda method, path: "truncate" if path.endswith("model.safetensors") and method == "GET" else None
+    words = ["predict", SHIP, "--model", MODEL_ID]
+    assert "vit-cifar: model: expected a model folder or a Hub id, got" in one_line(vit_cifar(hub, tmp_path, *words))
+    hub.fault = lambda method, path: None
+    again = vit_cifar(hub, tmp_path, *words)  # with the same cache
+    assert again.returncode == 0 and "ship" in again.stdout
+
+
+def test_train_on_a_dataset_and_from_a_model_of_the_hub(shared_hub, tmp_path):
+    words = [
+        "train.py",
+        "--model_name_or_path",
+        MODEL_ID,
+        "--dataset_name",
+        "your-name/sample",
+        "--num_train_epochs",
+        1,
+    ]
+    words += ["--validation_size", 100, "--output_dir", tmp_path / "run"]
+    finished = run(sys.executable, *words, **shared_hub.environment(tmp_path / "cache"))
+    assert finished.returncode == 0, finished.stderr
+    record = json.loads((tmp_path / "run" / "training_record.json").read_text())
+    assert record["dataset"]["name"] == "your-name/sample"
+    assert record["arguments"]["model_name_or_path"] == MODEL_ID
+    assert record["arguments"]["model_revision"] == shared_hub.repos["model", MODEL_ID].refs["main"]
+    assert any("/datasets/your-name/sample/resolve/" in line for line in shared_hub.requests)
+
+
+def test_the_page_shows_a_model_from_the_hub(shared_hub, tmp_path):
+    environment = shared_hub.environment(tmp_path / "cache") | {"MODEL_ID": MODEL_ID}
+    with open_when_served(tmp_path, sys.executable, ROOT / "app.py", **environment) as page:
+        assert page.title() == f"Where {MODEL_ID} looks"
+        assert "score" in page.content()  # its examination came along
+
+
+def test_a_space_in_an_environment_of_its_own(hub, tmp_path):
+    """Built in an empty folder, its requirements installed, its app.py started: the page of the pinned model."""
+    files = {path.name: path.read_bytes() for path in NANO.iterdir() if path.is_file()}
+    sha = hub.add_repo("model", MODEL_ID, files)
+    words = ["publish-space", "--repo-id", SPACE_ID, "--model-id", MODEL_ID, "--push", "--output", tmp_path / "space"]
+    pushed = vit_cifar(hub, tmp_path / "cache", *words)
+    assert pushed.returncode == 0 and pushed.stderr == "", pushed.stderr
+    space = hub.repos["space", SPACE_ID]
+    files = space.commits[space.refs["main"]]
+    built = {str(path.relative_to(tmp_path / "space")): path.read_bytes() for path in (tmp_path / "space").rglob("*.*")}
+    assert files["model_id.txt"].decode() == f"{MODEL_ID}@{sha}\n" and built.items() <= files.items()
+    assert not [name for name in files if "__pycache__" in name or name.startswith("hub_card")]
+    assert not [
+        name
+        for name, content in files.items()
+        if name.endswith(".py") and b"trust_remote_code=True" in content and "hub/" not in name
+    ]
+    hub.repos["model", MODEL_ID].commit("main", {}, "the model moves on, the pin does not")
+
+    commands = new_environment(tmp_path / "environment", "-r", tmp_path / "space" / "requirements.txt")
+    python = commands / "python"
+    environment = hub.environment(tmp_path / "cache of the Space")
+    with open_when_served(tmp_path / "space", python, "app.py", **environment) as page:
+        assert page.title() == f"Where {MODEL_ID} looks"
+        assert page.locator("#answer h2").inner_text() == "dog"
+
+
+def test_every_step_of_the_checklist_works(hub, tmp_path):
+    """docs/publishing.md from top to bottom, as a person would, but for the login's prompt."""
+    page = (ROOT / "docs" / "publishing.md").read_text()
+    steps = re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)
+    assert len(steps) == 9
+    checkout = shutil.copytree(
+        ROOT, tmp_path / "checkout", ignore=shutil.ignore_patterns(".git", "runs", "__pycache__", "*.egg-info")
+    )
+    environment = hub.environment(tmp_path / "home") | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    for step in steps:
+        if "hf auth login" in step:
+            step = f"hf auth login --token {hub.token}"
+        finished = run("bash", "-ec", step, cwd=checkout, **environment | {"HF_TOKEN": "", "PYTHONPATH": str(checkout)})
+        assert finished.returncode == 0, step + finished.stdout + finished.stderr
+    model, space = hub.repos["model", MODEL_ID], hub.repos["space", SPACE_ID]
+    assert model.refs["v1"] == model.refs["main"]
+    assert f"{MODEL_ID}@{model.refs['v1']}\n".encode() == space.commits[space.refs["main"]]["model_id.txt"]
+    assert (checkout / "runs" / "to-publish" / "README.md").is_file()

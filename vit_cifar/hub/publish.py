@@ -227,7 +227,11 @@ def hub_errors(doing: str) -> Iterator[None]:
     try:
         yield
     except (HfHubHTTPError, HTTPError, OSError, ValueError) as error:
-        raise PublishError(f"{doing}: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())
+        if isinstance(error, HfHubHTTPError):  # its own text is many lines for developers
+            answer = error.response
+            reason = f"{answer.status_code} {answer.reason_phrase}, {error.server_message or 'no reason given'}"
+        raise PublishError(f"{doing}: {reason}") from error
 
 
 def upload(folder: Path, repo_id: str, repo_type: str, private: bool, revision: str | None, message: str) -> CommitInfo:
