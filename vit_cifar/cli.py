@@ -14,11 +14,12 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
-    help="Classify images with a ViT-CIFAR model, and measure it.",
+    help="Use a ViT-CIFAR model, look inside it, measure it, publish it.",
 )
 
 ModelOption = Annotated[
-    str | None, typer.Option("--model", help="Model folder or Hub id; left out, the one in the checkout.")
+    str | None,
+    typer.Option("--model", help="Model folder, user/name or user/name@revision; left out, the one in the checkout."),
 ]
 RepoOption = Annotated[str, typer.Option("--repo-id", "--repo_id", help="The repository on the Hub, as in user/name.")]
 PushOption = Annotated[
@@ -61,7 +62,8 @@ def predict(
 @app.command()
 def evaluate(
     model: Annotated[
-        str | None, typer.Argument(help="Model folder or Hub id; left out, the one in the checkout.")
+        str | None,
+        typer.Argument(help="Model folder, user/name or user/name@revision; left out, the one in the checkout."),
     ] = None,
     dataset_name: Annotated[
         str | None, typer.Option("--dataset_name", "--dataset-name", help="Hub id, local folder, or `sample`.")
@@ -214,7 +216,9 @@ def publish(
     dataset_name: Annotated[
         str | None,
         typer.Option(
-            "--dataset_name", "--dataset-name", help="To evaluate on again; left out, what the record names, if it is."
+            "--dataset_name",
+            "--dataset-name",
+            help="To evaluate on again; left out, what the record names, if it can be had.",
         ),
     ] = None,
     output: KeepOption = None,

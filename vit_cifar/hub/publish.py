@@ -1,5 +1,6 @@
 """`vit-cifar publish`: a trained model folder -> a Hub repository, checked the way a stranger will load it."""
 
+import json
 import os
 import re
 import shutil
@@ -31,6 +32,11 @@ CARD_NAME = "README.md"
 COPIED = ("config.json", "preprocessor_config.json", WEIGHTS_NAME, RECORD_NAME)
 EXAMINED = (EXAMINATION_NAME, MISTAKES_NAME)
 REMOTE_CODE = ("configuration_vit_cifar.py", "modeling_vit_cifar.py")
+AUTO_MAP = {
+    "AutoConfig": "configuration_vit_cifar.ViTCifarConfig",
+    "AutoModel": "modeling_vit_cifar.ViTCifarModel",
+    "AutoModelForImageClassification": "modeling_vit_cifar.ViTCifarForImageClassification",
+}
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 LINK = re.compile(r"\]\((?!https?:)([^)]+)\)")
 CLOSE = 1e-4  # of logits and attentions, in two processes on one machine
@@ -114,6 +120,9 @@ def build_model_repo(model_dir: str | Path, repo_id: str, folder: Path) -> None:
         shutil.copyfile(model_dir / name, folder / name)
     for name in REMOTE_CODE:
         shutil.copyfile(Path(__file__).parents[1] / name, folder / name)
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = AUTO_MAP  # save_pretrained names only the class that was saved
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     model_card(model_dir, repo_id).save(folder / CARD_NAME)
     if examination:
         card_picture(model_dir, examination).savefig(folder / PICTURE_NAME, dpi=110)

@@ -7,7 +7,7 @@ import sys
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 
@@ -22,6 +22,7 @@ def main(folder: str, images: str, output: str) -> None:
     sys.modules["vit_cifar"] = None  # importing it raises ImportError from here on
     processor = AutoImageProcessor.from_pretrained(folder)
     model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)
+    AutoModel.from_pretrained(folder, trust_remote_code=True)  # the other class of the folder
     save_file(answer(model, processor, load_file(images)["images"]), output)
 
 
