@@ -179,8 +179,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     @route("POST", "/api/validate-yaml")
     def validate_yaml(self):
-        front = json.loads(self.body)["content"].split("---")[1]
-        license = (yaml.safe_load(front) or {}).get("license")
+        front = re.match("---\n(.*?)\n---", json.loads(self.body)["content"], flags=re.DOTALL)
+        license = (yaml.safe_load(front[1]) or {}).get("license") if front else "none asked for"
         return {"errors": [] if license else [{"message": '"license" is required'}], "warnings": []}, None
 
     @route("POST", "/api/repos/create")
@@ -277,7 +277,7 @@ class _Handler(BaseHTTPRequestHandler):
         inside = {path: content for path, content in files.items() if path.startswith(start)}
         if folder and not inside:
             raise Refusal(404, f"{folder} does not exist", "EntryNotFound")
-        if "recursive=True" in self.path:
+        if "recursive=true" in self.path.lower():
             return [describe(path, content) for path, content in inside.items()], None
         names = {start + path.removeprefix(start).split("/")[0] for path in inside}
         return [describe(path, files.get(path)) for path in sorted(names)], None
