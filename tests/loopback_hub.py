@@ -26,9 +26,13 @@ Files = dict[str, bytes]
 class Refusal(Exception):
     """An answer other than 200."""
 
-    def __init__(self, status: int, message: str, code: str | None = None, **content: str):
+    def __init__(
+        self, status: int, message: str, code: str | None = None, commit: str | None = None, **content: object
+    ):
         super().__init__(message)
-        self.status, self.message, self.code, self.content = status, message, code, {"error": message} | content
+        self.status, self.content = status, {"error": message} | content
+        headers = {"X-Error-Message": message, "X-Error-Code": code, "X-Repo-Commit": commit}
+        self.headers = {name: value for name, value in headers.items() if value}
 
 
 @dataclass
@@ -119,6 +123,7 @@ def route(method: str, path: str) -> Callable:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or each body waits 40 ms for the acknowledgement of its headers
     hub: LoopbackHub
 
     def handle_request(self) -> None:
@@ -144,16 +149,22 @@ class _Handler(BaseHTTPRequestHandler):
                     return
             raise Refusal(404, f"no such page: {path}", "EntryNotFound")
         except Refusal as refusal:
-            headers = {"X-Error-Message": refusal.message} | ({"X-Error-Code": refusal.code} if refusal.code else {})
-            self.answer(refusal.status, refusal.content, headers)
+            self.answer(refusal.status, refusal.content, refusal.headers)
+        except (KeyError, ValueError, IndexError, yaml.YAMLError) as error:  # what was sent is not what is sent here
+            self.answer(400, {"error": f"{type(error).__name__}: {error}"})
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_request
 
     def answer(self, status: int, content: object, headers: dict[str, str] | None = None) -> None:
-        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        body, headers = content if isinstance(content, bytes) else json.dumps(content).encode(), headers or {}
+        if status == 200 and self.headers.get("Range") and "ETag" in headers:  # a download goes on where it broke off
+            first, _, last = self.headers["Range"].removeprefix("bytes=").partition("-")
+            whole, first = len(body), int(first)
+            body, status = body[first : int(last) + 1 if last else None], 206
+            headers |= {"Content-Range": f"bytes {first}-{first + len(body) - 1}/{whole}"}
         self.hub.requests.append(f"{self.command} {urlsplit(self.path).path} {status}")
         self.send_response(status)
-        for name, value in ({"Content-Length": str(len(body))} | (headers or {})).items():
+        for name, value in ({"Content-Length": str(len(body))} | headers).items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "HEAD":
@@ -179,9 +190,18 @@ class _Handler(BaseHTTPRequestHandler):
 
     @route("POST", "/api/validate-yaml")
     def validate_yaml(self):
-        front = re.match("---\n(.*?)\n---", json.loads(self.body)["content"], flags=re.DOTALL)
-        license = (yaml.safe_load(front[1]) or {}).get("license") if front else "none asked for"
-        return {"errors": [] if license else [{"message": '"license" is required'}], "warnings": []}, None
+        card = json.loads(self.body)["content"].replace("\r\n", "\n")
+        front = re.match(r"---\n(.*?)\n---(\n|$)", card, re.DOTALL)
+        error = None
+        try:
+            data = (yaml.safe_load(front[1]) if front else None) or {}
+            if not isinstance(data, dict) or not isinstance(data.get("license", ""), str):
+                error = '"license" must be a string'
+        except yaml.YAMLError as found:
+            error = f"not YAML: {found}".splitlines()[0]
+        if error:  # clients look at the status alone
+            raise Refusal(400, error, errors=[{"message": error}], warnings=[])
+        return {"errors": [], "warnings": []}, None
 
     @route("POST", "/api/repos/create")
     def create_repo(self):
@@ -298,7 +318,7 @@ class _Handler(BaseHTTPRequestHandler):
         repo = self.repo(prefix, id)
         sha = repo.sha(revision)
         if path not in repo.commits[sha]:
-            raise Refusal(404, f"{path} does not exist", "EntryNotFound")
+            raise Refusal(404, f"{path} does not exist", "EntryNotFound", commit=sha)  # clients remember it by commit
         content = repo.commits[sha][path]
         return content, {"X-Repo-Commit": sha, "ETag": f'"{hashlib.sha256(content).hexdigest()}"'}
 

@@ -123,11 +123,11 @@ def test_a_wrong_token_is_one_line(hub, tmp_path):
     assert hub.repos == {}
 
 
-@pytest.mark.parametrize("where", ["/commit/main", "/lfs/"])
+@pytest.mark.parametrize("where", ["POST /api/models/your-name/vit-cifar10-nano/commit/main", "PUT /lfs/"])
 def test_an_upload_that_breaks_leaves_the_earlier_revision(hub, tmp_path, where):
     """At the commit, and before it, at the weights."""
     before = hub.add_repo("model", MODEL_ID, {"README.md": b"as before"})
-    hub.fault = lambda method, path: 500 if where in path else None
+    hub.fault = lambda method, path: 500 if f"{method} {path}".startswith(where) else None
     assert "push to your-name/vit-cifar10-nano: 500 Internal Server Error" in one_line(publish(hub, tmp_path))
     repo = hub.repos["model", MODEL_ID]
     assert repo.refs == {"main": before} and repo.commits == {before: {"README.md": b"as before"}}

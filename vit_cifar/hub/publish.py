@@ -110,10 +110,9 @@ def build_model_repo(model_dir: str | Path, repo_id: str, folder: Path) -> None:
     if missing := [name for name in COPIED if name != RECORD_NAME and not (model_dir / name).is_file()]:
         raise PublishError(f"{model_dir}: expected {', '.join(COPIED)}, got no {', '.join(missing)}")
     read_record(model_dir)
-    broken = [name for name, tensor in load_file(model_dir / WEIGHTS_NAME).items() if not tensor.isfinite().all()]
-    if broken:
+    weights = load_model(str(model_dir))[0].state_dict()
+    if broken := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
         raise PublishError(f"{model_dir}: expected finite weights, got NaN or infinity in {', '.join(broken[:3])}")
-    load_model(str(model_dir))
     examination = read_examination(model_dir)
 
     for name in COPIED + (EXAMINED if examination else ()):
@@ -235,11 +234,12 @@ def hub_errors(doing: str) -> Iterator[None]:
     """What the Hub or the network answers inside becomes a PublishError of one line."""
     try:
         yield
-    except (HfHubHTTPError, HTTPError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        if isinstance(error, HfHubHTTPError):  # its own text is many lines for developers
-            answer = error.response
-            reason = f"{answer.status_code} {answer.reason_phrase}, {error.server_message or 'no reason given'}"
+    except (HfHubHTTPError, HTTPError, OSError, ValueError, RuntimeError) as error:
+        cause = error.__cause__ if isinstance(error, RuntimeError) else error  # what an upload of weights failed of
+        reason = " ".join(str(cause or error).split())
+        if isinstance(cause, HfHubHTTPError):  # its own text is many lines for developers
+            answer = cause.response
+            reason = f"{answer.status_code} {answer.reason_phrase}, {cause.server_message or 'no reason given'}"
         raise PublishError(f"{doing}: {reason}") from error
 
 
