@@ -191,6 +191,7 @@ def command(*words):
     return run(sys.executable, "-m", "vit_cifar", "export", *words)
 
 
+@pytest.mark.slow
 def test_the_command_measures_in_onnxruntime(tmp_path):
     expected = evaluate(*load_model(str(NANO)), load_split("sample", "test")).accuracy
     answer = command(NANO, "--format", "onnx", "--output", tmp_path / "new", "--dataset_name", "sample")

@@ -159,6 +159,7 @@ def test_the_command_without_a_token_says_how_to_log_in(tmp_path):
     assert finished.stderr == ("vit-cifar: push: expected a token of the Hub, got none: `hf auth login` stores one\n")
 
 
+@pytest.mark.slow
 def test_an_installation_without_checkout_says_so(tmp_path):
     package = Path(sys.modules["vit_cifar"].__file__).parent
     shutil.copytree(package, tmp_path / "vit_cifar", ignore=shutil.ignore_patterns("__pycache__"))

@@ -141,8 +141,9 @@ def _show(subject: Subject) -> None:
                 **options,
             )
         )
-    source.clear(lambda: empty, None, outputs, api_visibility="private", **options)
-    for event in events:
+    events.append(source.clear(lambda: empty, None, outputs, api_visibility="private", **options))
+    for event in list(events):
         # No answer to an earlier picture stays beside one that cannot be read.
-        event.failure(lambda: empty, None, outputs, api_visibility="private", **options)
+        events.append(event.failure(lambda: empty, None, outputs, api_visibility="private", **options))
+    for event in events:  # an empty page too, or the browser may put a slow map there that was under way
         maps.follow(event)
