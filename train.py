@@ -27,7 +27,8 @@ def main(argv: list[str]) -> None:
     try:
         checkpoint = find_checkpoint(args)
         resumed_from_step = checkpoint_step(checkpoint) if checkpoint else None
-        pretrained, processor = load_start(recipe)
+        start_folder = local_folder(recipe.model_name_or_path) if recipe.model_name_or_path else None
+        pretrained, processor = load_start(recipe, start_folder)
         image_size = processor.size["height"]
         load_rows(recipe.dataset_name, "test")  # there is one; its images wait for the end
         train_set, validation_set = load_training_data(recipe, image_size)
@@ -71,9 +72,8 @@ def main(argv: list[str]) -> None:
     public = {"dataset_name": dataset_name}
     if recipe.model_name_or_path:
         public["model_name_or_path"] = records.public_name(recipe.model_name_or_path)
-        folder = local_folder(recipe.model_name_or_path)
-        is_local = folder == Path(recipe.model_name_or_path)
-        public["model_revision"] = records.weights_sha256(folder) if is_local else folder.name
+        is_local = start_folder == Path(recipe.model_name_or_path)
+        public["model_revision"] = records.weights_sha256(start_folder) if is_local else start_folder.name
     record = {
         "recipe": recipe.recipe,
         "command": records.public_command(["python", "train.py", *argv], public),

@@ -52,7 +52,7 @@ def results() -> str:
     rows += [results_row(name, found) for name, found in trainings.items()]
     rows += [not_run_yet(name) for name in NOT_RUN_YET]
     commands = [
-        f"- {name}, at commit {found[0][1]['git_commit'][:7]}: `{found[0][1]['command']}`"
+        f"- {name}, at commit {found[0][1]['git_commit'][:7]}{found[0][1]['git_commit'][40:]}: `{found[0][1]['command']}`"
         for name, found in trainings.items()
     ]
     return "\n".join(

@@ -74,12 +74,23 @@ def test_own_classes_have_the_dataset_of_their_own(smoke_folder, tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     record = read_record(folder)
     record["dataset"]["name"] = "user/kinds"
-    record["arguments"]["model_name_or_path"] = "user/base"
+    record["arguments"] |= {"model_name_or_path": "user/base@v1", "model_revision": "a" * 40}
     change_record(folder, **record)
     card = model_card(folder, "user/mine")
     assert card.data.datasets == ["user/kinds"] and card.data.base_model == "user/base"
-    assert "fine-tuned from user/base on user/kinds" in " ".join(card.text.split())
+    assert "fine-tuned from user/base@v1 on user/kinds" in " ".join(card.text.split())
     assert "cifar10" not in card.content.lower() and "Krizhevsky" not in card.text
+
+
+def test_another_dataset_with_its_class_names_is_not_cifar10(smoke_folder):
+    card = model_card(smoke_folder, "user/name")
+    assert card.data.datasets is None and card.data.eval_results[0].dataset_type == "sample"
+
+
+def test_a_start_from_a_folder_of_this_machine_is_no_base_model(nano):
+    arguments = read_record(nano)["arguments"] | {"model_name_or_path": "runs/nano", "model_revision": "b" * 64}
+    change_record(nano, arguments=arguments)
+    assert model_card(nano, "user/name").data.base_model is None
 
 
 def test_a_record_that_lacks_what_the_card_says_is_an_error(nano):

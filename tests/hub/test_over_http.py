@@ -12,7 +12,12 @@ import pytest
 import torch
 from helpers import ROOT, new_environment, open_when_served, run
 from loopback_hub import LoopbackHub
+from safetensors.torch import load_file, save_file
 
+from vit_cifar.evaluation.records import read_record, weights_sha256
+from vit_cifar.hub import stranger
+from vit_cifar.hub.publish import PublishError
+from vit_cifar.hub.publish import publish as publish_folder
 from vit_cifar.hub.stranger import answer
 from vit_cifar.models import BUNDLED_MODELS, DEFAULT_MODEL, load_model
 from vit_cifar.training.data import SAMPLE_FOLDER
@@ -115,6 +120,55 @@ def test_push_to_a_branch_and_private(hub, tmp_path):
         assert vit_cifar(hub, tmp_path / "other", "predict", SHIP, "--model", name).returncode == ends
     stranger = vit_cifar(hub, tmp_path / "stranger", "predict", SHIP, "--model", f"{MODEL_ID}@trial", HF_TOKEN="")
     assert "expected a model folder or a Hub id" in one_line(stranger)
+
+
+@pytest.mark.parametrize("how", ["NaN", "another accuracy", "another answer"])
+def test_nothing_is_uploaded_of_what_is_refused(hub, tmp_path, how, smoke_folder, monkeypatch):
+    folder = shutil.copytree(smoke_folder, tmp_path / "run")
+    weights, record = load_file(folder / "model.safetensors"), read_record(folder)
+    if how == "NaN":
+        weights["classifier.bias"].fill_(float("nan"))
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        record["weights_sha256"] = weights_sha256(folder)
+    elif how == "another accuracy":
+        record["test_accuracy"] += 0.01
+    else:
+        monkeypatch.setattr(stranger, "answer", lambda *_: {"logits": torch.ones(4, 10), "attentions": torch.ones(1)})
+    (folder / "training_record.json").write_text(json.dumps(record))
+    if how == "another answer":
+        monkeypatch.setenv("HF_TOKEN", hub.token)
+        with pytest.raises(PublishError, match="remote code: expected the answers"):
+            publish_folder(folder, MODEL_ID, push=True)
+    else:
+        assert "expected" in one_line(publish(hub, tmp_path / "cache", model_dir=folder))
+    assert hub.repos == {} and not [line for line in hub.requests if line.startswith(("POST", "PUT"))]
+
+
+def test_what_an_earlier_version_left_is_not_taken_for_this_ones(hub, tmp_path, smoke_folder):
+    """An examined model with pickled weights beside it, then one that was not examined; the owner's file stays."""
+    files = {path.name: path.read_bytes() for path in NANO.iterdir() if path.is_file()}
+    hub.add_repo("model", MODEL_ID, files | {"pytorch_model.bin": b"pickled", "notes.txt": b"mine"})
+    assert publish(hub, tmp_path, model_dir=smoke_folder).returncode == 0
+    repo = hub.repos["model", MODEL_ID]
+    names = set(repo.commits[repo.refs["main"]])
+    assert not names & {"pytorch_model.bin", "examination.json", "mistakes.parquet", "overlays.png"}
+    assert "notes.txt" in names and len(repo.messages) == 2
+
+
+def test_private_is_not_ignored_for_a_public_repository(hub, tmp_path):
+    hub.add_repo("model", MODEL_ID, {})
+    assert "private: expected a new or a private repository" in one_line(publish(hub, tmp_path, "--private"))
+    assert hub.repos["model", MODEL_ID].messages == ["initial commit"]
+
+
+@pytest.mark.parametrize("how", ["missing", "private", "not ours"])
+def test_a_space_that_could_not_start_is_refused(hub, tmp_path, how):
+    if how != "missing":
+        hub.add_repo("model", MODEL_ID, {"config.json": b'{"model_type": "bert"}'})
+        hub.repos["model", MODEL_ID].private = how == "private"
+    words = ["publish-space", "--repo-id", SPACE_ID, "--model-id", MODEL_ID, "--push"]
+    assert "model" in one_line(vit_cifar(hub, tmp_path, *words))
+    assert ("space", SPACE_ID) not in hub.repos
 
 
 def test_a_wrong_token_is_one_line(hub, tmp_path):

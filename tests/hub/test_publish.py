@@ -146,10 +146,27 @@ def test_a_record_that_the_dataset_contradicts_is_refused(smoke_folder, tmp_path
     assert "as the record says" in check_accuracy(folder, None)  # `sample` travels with the package
     record = read_record(folder)
     (folder / RECORD_NAME).write_text(json.dumps(record | {"test_accuracy": record["test_accuracy"] + 0.01}))
-    with pytest.raises(PublishError, match="record: expected its test accuracy"):
+    with pytest.raises(PublishError, match="record: expected its test_accuracy"):
         check_accuracy(folder, "sample")
     with pytest.raises(UserError, match="dataset_name: expected a dataset"):
         check_accuracy(folder, "no/such-dataset")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("parameters", 7), ("test_accuracy", 90.12), ("test_accuracy", None), ("test_loss", "low")]
+)
+def test_a_record_that_cannot_be_is_refused(model_dir, tmp_path, name, value):
+    (model_dir / RECORD_NAME).write_text(json.dumps(read_record(model_dir) | {name: value}))
+    with pytest.raises(UserError) as error:
+        publish(model_dir, REPO_ID, output=tmp_path / "built", say=lambda line: None)
+    assert "record" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]"])
+def test_a_damaged_record_is_one_line(model_dir, content):
+    (model_dir / RECORD_NAME).write_text(content)
+    with pytest.raises(UserError, match="expected a record with weights_sha256, got"):
+        publish(model_dir, REPO_ID)
 
 
 def test_the_command_without_a_token_says_how_to_log_in(tmp_path):

@@ -60,7 +60,7 @@ def test_fields_that_a_trained_model_cannot_change_are_refused_before_any_image_
     words = ["--model_name_or_path", str(tiny_model_folder), "--output_dir", str(tmp_path)]
     recipe, _, _ = parse_arguments([*words, "--config_overrides", overrides])
     with pytest.raises(ValueError, match=message):
-        load_start(recipe)
+        load_start(recipe, tiny_model_folder)
 
 
 def test_whitened_filters_give_outputs_that_do_not_correlate():

@@ -260,9 +260,10 @@ def read_examination(folder: str | Path) -> Examination | None:
         record = json.loads(paths[0].read_text())
         # Not Dataset.from_parquet, which would write a copy into the cache folder.
         rows = datasets.Dataset(InMemoryTable(pyarrow.parquet.read_table(paths[1])))
+        found = {record["weights_sha256"], *rows.unique("weights_sha256")}
     except Exception as error:  # a damaged parquet file can be of any type in the libraries below
         raise records.RecordError(f"{folder}: expected an examination, got files that cannot be read") from error
-    found, expected = {record["weights_sha256"], *rows.unique("weights_sha256")}, records.weights_sha256(folder)
+    expected = records.weights_sha256(folder)
     if found != {expected}:
         raise records.RecordError(
             f"{folder}: expected the examination of these weights (sha256 {expected[:12]}…), got that of others: "

@@ -44,11 +44,17 @@ def read_record(folder: str | Path) -> dict:
     path = Path(folder) / RECORD_NAME
     if not path.is_file():
         raise RecordError(f"{folder}: expected a {RECORD_NAME}, got none")
-    record = json.loads(path.read_text())
-    if (found := weights_sha256(folder)) != record["weights_sha256"]:
+    try:
+        record = json.loads(path.read_text())
+        stated = record["weights_sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RecordError(
+            f"{path}: expected a record with weights_sha256, got {type(error).__name__}: {error}"
+        ) from error
+    if (found := weights_sha256(folder)) != stated:
         raise RecordError(
             f"{path}: expected the record of these weights (sha256 {found[:12]}…), "
-            f"got that of others ({record['weights_sha256'][:12]}…)"
+            f"got that of others ({str(stated)[:12]}…)"
         )
     return record
 

@@ -7,12 +7,15 @@ from jinja2 import Environment, StrictUndefined, UndefinedError
 from matplotlib.figure import Figure
 
 from ..configuration_vit_cifar import CIFAR10_CLASSES, ViTCifarConfig
+from ..errors import UserError
 from ..evaluation.examination import Examination, calibration_errors, calibration_words, read_examination, trust_table
 from ..evaluation.records import RecordError, read_record, time_and_machine
 from ..explain.pictures import draw_overlays
-from ..models import HUB_CARD, class_names, load_model
+from ..models import HUB_CARD, class_names, load_model, split_revision
 from ..training.data import CIFAR10_NAME
 
+CIFAR10_COPIES = ("cifar10-jpeg-q75",)  # what records call copies of it
+COMMIT_LENGTH = 40
 PICTURE_NAME = "overlays.png"
 # What of the recorded arguments a reader of the card wants to know; `command` and the record have the rest.
 SETTINGS = (
@@ -34,8 +37,12 @@ def model_card(folder: str | Path, repo_id: str) -> ModelCard:
     """
     try:
         return ModelCard(_fill(Path(folder), repo_id))
-    except (KeyError, TypeError, UndefinedError) as error:
-        raise RecordError(f"{folder}: expected a record with all that a card says, got one without: {error}") from error
+    except UserError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError, UndefinedError) as error:
+        raise RecordError(
+            f"{folder}: expected a record with all that a card says, got one that lacks or garbles it: {error}"
+        ) from error
 
 
 def _fill(folder: Path, repo_id: str) -> str:
@@ -74,7 +81,7 @@ def _fill(folder: Path, repo_id: str) -> str:
 def _metadata(record: dict, classes: list[str], repo_id: str, examination: dict | None) -> ModelCardData:
     """The card's YAML. A copy of CIFAR-10 is filed under the Hub's, and named as what it is in the results."""
     name = record["dataset"]["name"]
-    hub_id = CIFAR10_NAME if classes == list(CIFAR10_CLASSES) else name if name.count("/") == 1 else None
+    hub_id = CIFAR10_NAME if name in CIFAR10_COPIES else name if name.count("/") == 1 else None
     of = {
         "task_type": "image-classification",
         "dataset_type": hub_id or name,
@@ -91,7 +98,6 @@ def _metadata(record: dict, classes: list[str], repo_id: str, examination: dict 
                 **of,
             )
         )
-    base_model = record["arguments"].get("model_name_or_path")
     return ModelCardData(
         license="apache-2.0",
         library_name="transformers",
@@ -99,10 +105,16 @@ def _metadata(record: dict, classes: list[str], repo_id: str, examination: dict 
         tags=["vision-transformer", "vit_cifar", "attention-maps"],
         datasets=[hub_id] if hub_id else None,
         metrics=["accuracy"],
-        base_model=base_model if base_model and base_model.count("/") == 1 else None,
+        base_model=_base_model(record["arguments"]),
         model_name=repo_id.split("/")[-1],
         eval_results=results,
     )
+
+
+def _base_model(arguments: dict) -> str | None:
+    """The Hub id that the training started from; a local folder's revision is a checksum of its weights."""
+    name, revision = arguments.get("model_name_or_path"), arguments.get("model_revision") or ""
+    return split_revision(name)[0] if name and len(revision) == COMMIT_LENGTH else None
 
 
 def card_picture(folder: str | Path, examination: Examination) -> Figure:

@@ -66,9 +66,9 @@ def export_model(name: str, kind: str, output_dir: str | Path, dataset_name: str
     if kind not in FILES:
         raise ExportError(f"format: expected {' or '.join(FILES)}, got {kind!r}")
     versions = records.versions() | (_onnx_versions() if kind == ONNX else {})
-    model, processor = load_model(name)
-    model.float()
     source = local_folder(name)
+    model, processor = load_model(str(source))
+    model.float()
     if not (source / records.WEIGHTS_NAME).is_file():
         raise ExportError(f"model: expected one file {records.WEIGHTS_NAME} in {name}, got none")
     if kind == VIT and model.config.patch_embedding == "conv_stem":

@@ -29,10 +29,11 @@ def new_folder(output: str | Path | None) -> Iterator[Path]:
         raise FolderError(f"output: expected a new or an empty folder, got {output}, which is there already")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:
-            part = Path(scratch) / output.name
-            part.mkdir()
-            yield part
-            os.replace(part, output)
+        scratch = tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.")
     except OSError as error:
         raise FolderError(f"output: expected a folder that can be written, got {output}: {error}") from error
+    with scratch:
+        part = Path(scratch.name) / output.name
+        part.mkdir()
+        yield part
+        os.replace(part, output)

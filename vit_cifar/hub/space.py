@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import platform
-import re
 import shutil
 import tomllib
 from collections.abc import Callable
@@ -10,12 +9,12 @@ from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi, SpaceCard, SpaceCardData
 
-from ..models import HUB_CARD
+from ..models import HUB_CARD, load_model
 from .folder import new_folder
 from .publish import CARD_NAME, PublishError, check_login, check_repo_id, describe_files, hub_errors, upload
 
 PIN_NAME = "model_id.txt"  # app.py reads it
-COMMIT = re.compile("[0-9a-f]{40}")
+PACKAGED = (".py", ".yaml", ".css", ".png", ".parquet")
 
 
 def publish_space(
@@ -38,16 +37,22 @@ def publish_space(
     Returns: the commit, or None without `push`.
 
     Raises:
-        PublishError, FolderError: nothing was uploaded, or the upload failed.
+        PublishError, ModelError, FolderError: nothing was uploaded, or the upload failed.
     """
     check_repo_id(repo_id)
     check_repo_id(model_id)
+    if not (HUB_CARD / "space").is_dir():
+        raise PublishError(
+            "publish-space: expected a checkout of the project, which holds hub_card/ and app.py, got an installation"
+        )
     if push:
         check_login()
-    commit = model_revision
-    if not COMMIT.fullmatch(commit or ""):
-        with hub_errors(f"model {model_id}"):
-            commit = HfApi().model_info(model_id, revision=model_revision).sha
+    with hub_errors(f"model {model_id}"):
+        model = HfApi().model_info(model_id, revision=model_revision)
+    if model.private:
+        raise PublishError(f"model-id: expected a public model, got {model_id}, which a Space has no token for")
+    commit = model.sha
+    load_model(f"{model_id}@{commit}")  # or the Space would not start
     with new_folder(output) as folder:
         build_space_repo(repo_id, model_id, commit, folder)
         say(f"shows {model_id} at commit {commit}\n{describe_files(folder)}")
@@ -63,14 +68,10 @@ def build_space_repo(repo_id: str, model_id: str, commit: str, folder: Path) -> 
     """Fills an empty folder with app.py, a copy of the package, the Space's card, its requirements and the pin.
 
     Raises:
-        PublishError: not in a checkout, or gradio is not installed.
+        PublishError: gradio is not installed.
     """
     package = Path(__file__).parents[1]
     checkout = package.parent
-    if not (HUB_CARD / "space").is_dir():
-        raise PublishError(
-            "publish-space: expected a checkout of the project, which holds hub_card/ and app.py, got an installation"
-        )
     # What the tests ran with is what the Space gets.
     try:
         gradio = importlib.metadata.version("gradio")
@@ -82,7 +83,11 @@ def build_space_repo(repo_id: str, model_id: str, commit: str, folder: Path) -> 
 
     shutil.copyfile(checkout / "app.py", folder / "app.py")
     shutil.copyfile(checkout / "LICENSE", folder / "LICENSE")
-    shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("__pycache__", "*.pyi"))
+    for path in sorted(package.rglob("*")):  # what the package is made of, and nothing else that lies there
+        if path.suffix in PACKAGED:
+            target = folder / path.relative_to(checkout)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
     data = SpaceCardData(
         title=f"Where {model_id.split('/')[1]} looks",
         sdk="gradio",

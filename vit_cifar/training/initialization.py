@@ -1,5 +1,7 @@
 """What a training starts from: a new model of the recipe, or a trained one made to fit other classes and sizes."""
 
+from pathlib import Path
+
 import torch
 from torch import nn
 from transformers import ViTImageProcessor
@@ -17,20 +19,22 @@ ADAPTABLE = (
 )
 
 
-def load_start(recipe: RecipeArguments) -> tuple[ViTCifarForImageClassification | None, ViTImageProcessor]:
-    """(the trained model that the recipe names, or None; the processor of the model to come).
+def load_start(
+    recipe: RecipeArguments, folder: Path | None
+) -> tuple[ViTCifarForImageClassification | None, ViTImageProcessor]:
+    """(the trained model in the folder, or None without one; the processor of the model to come).
 
     Raises:
         ModelError: there is no such model.
         ValueError: the recipe's config fields are wrong, or not among ADAPTABLE for a trained model.
     """
-    if recipe.model_name_or_path is None:
+    if folder is None:
         return None, image_processor(ViTCifarConfig(**recipe.model).image_size)
     if others := [name for name in recipe.model if name not in ADAPTABLE]:
         raise ValueError(
             f"config_overrides: expected {', '.join(ADAPTABLE)} with --model_name_or_path, got {', '.join(others)}"
         )
-    pretrained, processor = load_model(recipe.model_name_or_path)
+    pretrained, processor = load_model(str(folder))
     size = ViTCifarConfig.from_dict(pretrained.config.to_dict() | recipe.model).image_size
     return pretrained, image_processor(size, processor.image_mean, processor.image_std)
 
