@@ -51,10 +51,10 @@ def results() -> str:
     trainings = runs()
     rows += [results_row(name, found) for name, found in trainings.items()]
     rows += [not_run_yet(name) for name in NOT_RUN_YET]
-    commands = [
-        f"- {name}, at commit {found[0][1]['git_commit'][:7]}{found[0][1]['git_commit'][40:]}: `{found[0][1]['command']}`"
-        for name, found in trainings.items()
-    ]
+    commands = []
+    for name, found in trainings.items():
+        commit, command = found[0][1]["git_commit"], found[0][1]["command"]
+        commands.append(f"- {name}, at commit {commit[:7]}{commit[40:]}: `{command}`")
     return "\n".join(
         [*rows, "", "<details><summary>The command of each row</summary>", "", *commands, "", "</details>"]
     )
