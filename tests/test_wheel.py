@@ -1,14 +1,13 @@
 """The wheel in an empty environment, used from another folder: nothing of the checkout is at hand."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, new_environment, open_when_served
+from helpers import ROOT, new_environment, open_when_served, run
 
 from vit_cifar import __version__
 from vit_cifar.models import BUNDLED_MODELS, DEFAULT_MODEL
@@ -31,24 +30,12 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return new_environment(folder / "environment", f"{wheel}[demo]")
 
 
-def run(folder: Path, *command: object) -> subprocess.CompletedProcess:
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return subprocess.run(
-        [str(word) for word in command],
-        cwd=folder,
-        env=environment | {"HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-
-
 def test_load(installed, tmp_path):
     script = (
         "import sys, vit_cifar; from transformers import AutoModelForImageClassification as Auto; "
         "print(vit_cifar.__version__, vit_cifar.__file__, type(Auto.from_pretrained(sys.argv[1])).__module__)"
     )
-    finished = run(tmp_path, installed / "python", "-c", script, NANO)
+    finished = run(installed / "python", "-c", script, NANO, cwd=tmp_path, PYTHONPATH="")
     assert finished.returncode == 0, finished.stderr
     version, file, module = finished.stdout.split()
     assert version == __version__ and module == "vit_cifar.modeling_vit_cifar"
@@ -57,17 +44,19 @@ def test_load(installed, tmp_path):
 
 def test_predict(installed, tmp_path):
     image = shutil.copy(ROOT / "vit_cifar" / "demo" / "assets" / "examples" / "ship.png", tmp_path)
-    finished = run(tmp_path, installed / "vit-cifar", "predict", image, "--model", NANO, "--json")
+    finished = run(installed / "vit-cifar", "predict", image, "--model", NANO, "--json", cwd=tmp_path, PYTHONPATH="")
     assert finished.returncode == 0, finished.stderr
     assert json.loads(finished.stdout)[0]["predictions"][0]["label"] == "ship"
-    without = run(tmp_path, installed / "vit-cifar", "predict", image)
+    without = run(installed / "vit-cifar", "predict", image, cwd=tmp_path, PYTHONPATH="")
     assert without.returncode == 2 and without.stderr.count("\n") == 1
     assert "this installation carries no model" in without.stderr
 
 
 def test_train_and_open_the_page(installed, tmp_path):
     shutil.copy(ROOT / "train.py", tmp_path)
-    trained = run(tmp_path, installed / "python", "train.py", "--recipe", "smoke", "--output_dir", "runs/smoke")
+    trained = run(
+        installed / "python", "train.py", "--recipe", "smoke", "--output_dir", "runs/smoke", cwd=tmp_path, PYTHONPATH=""
+    )
     assert trained.returncode == 0, trained.stderr
     record = json.loads((tmp_path / "runs" / "smoke" / "training_record.json").read_text())
     assert record["recipe"] == "smoke" and record["git_commit"] is None

@@ -37,6 +37,10 @@ def publish(hub: LoopbackHub, cache: Path, *words: object, model_dir: Path = NAN
     return vit_cifar(hub, cache, "publish", model_dir, "--repo-id", MODEL_ID, "--push", *words, **environment)
 
 
+def nano_files() -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in NANO.iterdir() if path.is_file()}
+
+
 @pytest.fixture
 def hub() -> Iterator[LoopbackHub]:
     with LoopbackHub() as hub:
@@ -47,8 +51,7 @@ def hub() -> Iterator[LoopbackHub]:
 def shared_hub() -> Iterator[LoopbackHub]:
     """With nano and a dataset, for tests that only read."""
     with LoopbackHub() as hub:
-        files = {path.name: path.read_bytes() for path in NANO.iterdir() if path.is_file()}
-        hub.add_repo("model", MODEL_ID, files)
+        hub.add_repo("model", MODEL_ID, nano_files())
         hub.add_repo(
             "dataset",
             "your-name/sample",
@@ -147,8 +150,7 @@ def test_nothing_is_uploaded_of_what_is_refused(hub, tmp_path, how, smoke_folder
 
 def test_what_an_earlier_version_left_is_not_taken_for_this_ones(hub, tmp_path, smoke_folder):
     """An examined model with pickled weights beside it, then one that was not examined; the owner's file stays."""
-    files = {path.name: path.read_bytes() for path in NANO.iterdir() if path.is_file()}
-    hub.add_repo("model", MODEL_ID, files | {"pytorch_model.bin": b"pickled", "notes.txt": b"mine"})
+    hub.add_repo("model", MODEL_ID, nano_files() | {"pytorch_model.bin": b"pickled", "notes.txt": b"mine"})
     assert publish(hub, tmp_path, model_dir=smoke_folder).returncode == 0
     repo = hub.repos["model", MODEL_ID]
     names = set(repo.commits[repo.refs["main"]])
@@ -199,7 +201,7 @@ def test_a_repo_or_revision_that_is_not_there_is_one_line(shared_hub, tmp_path, 
 
 
 def test_a_download_that_breaks_off_is_one_line_and_leaves_nothing_half(hub, tmp_path):
-    hub.add_repo("model", MODEL_ID, {path.name: path.read_bytes() for path in NANO.iterdir() if path.is_file()})
+    hub.add_repo("model", MODEL_ID, nano_files())
     hub.fault = lambda method, path: "truncate" if path.endswith("model.safetensors") and method == "GET" else None
     words = ["predict", SHIP, "--model", MODEL_ID]
     assert "vit-cifar: model: expected a model folder or a Hub id, got" in one_line(vit_cifar(hub, tmp_path, *words))
@@ -237,8 +239,7 @@ def test_the_page_shows_a_model_from_the_hub(shared_hub, tmp_path):
 
 def test_a_space_in_an_environment_of_its_own(hub, tmp_path):
     """Built in an empty folder, its requirements installed, its app.py started: the page of the pinned model."""
-    files = {path.name: path.read_bytes() for path in NANO.iterdir() if path.is_file()}
-    sha = hub.add_repo("model", MODEL_ID, files)
+    sha = hub.add_repo("model", MODEL_ID, nano_files())
     words = ["publish-space", "--repo-id", SPACE_ID, "--model-id", MODEL_ID, "--push", "--output", tmp_path / "space"]
     pushed = vit_cifar(hub, tmp_path / "cache", *words)
     assert pushed.returncode == 0 and pushed.stderr == "", pushed.stderr

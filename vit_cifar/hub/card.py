@@ -50,7 +50,6 @@ def _fill(folder: Path, repo_id: str) -> str:
     arguments, classes = record["arguments"], class_names(config)
     examination = examined.record if examined else None
     per_class = record["test_accuracy_per_class"]
-    kinds = {"conv_stem": "A Vision Transformer on a convolutional stem"}
     template = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False).from_string(
         (HUB_CARD / "model_card.md").read_text()
     )
@@ -58,7 +57,6 @@ def _fill(folder: Path, repo_id: str) -> str:
         card_data=_metadata(record, classes, repo_id, examination).to_yaml(),
         name=repo_id.split("/")[-1],
         repo_id=repo_id,
-        kind=kinds.get(config.patch_embedding, "A Vision Transformer"),
         record={"git_commit": None, **record, "hardware": {"gpu": None, **record["hardware"]}},
         config=config,
         classes=classes,
