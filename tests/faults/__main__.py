@@ -1,0 +1,38 @@
+"""Tries what a user, a crash or a stranger can do, at full size, and writes what came out to docs/faults.json.
+
+python -m tests.faults           # every row, about an hour; nothing else should run meanwhile
+python -m tests.faults images    # one of them
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from vit_cifar.evaluation import records
+
+ROOT = Path(__file__).parents[2]
+RECORD = ROOT / "docs" / "faults.json"
+# Each raises AssertionError if anything is not as SECURITY.md promises, and returns its figures.
+ROWS: dict[str, Callable[[], dict]] = {}
+
+
+def main(names: list[str]) -> None:
+    if unknown := set(names) - set(ROWS):
+        sys.exit(f"expected rows of {', '.join(ROWS)}, got {', '.join(sorted(unknown))}")
+    for name in names or ROWS:
+        figures = ROWS[name]()
+        record = json.loads(RECORD.read_text()) if RECORD.is_file() else {}
+        record[name] = {
+            "command": f"python -m tests.faults {name}",
+            "git_commit": records.git_commit(ROOT),
+            "versions": records.versions(),
+            "hardware": records.hardware(),
+            "figures": figures,
+        }
+        RECORD.write_text(json.dumps(record, indent=2) + "\n")
+        print(name, json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
