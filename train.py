@@ -8,30 +8,31 @@ import sys
 from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import TrainingArguments, set_seed
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from safetensors import SafetensorError
+from transformers import set_seed
 
 from vit_cifar import ViTCifarForImageClassification
+from vit_cifar.errors import UserError
 from vit_cifar.evaluation import records
 from vit_cifar.evaluation.metrics import evaluate
+from vit_cifar.integrity import write_checksums
 from vit_cifar.models import local_folder
 from vit_cifar.training.arguments import RecipeArguments, fastest_attention, parse_arguments
-from vit_cifar.training.data import DataError, ImageDataset, load_rows, load_split, split_off_validation
+from vit_cifar.training.data import ImageDataset, duplicates, load_split, split_off_validation
 from vit_cifar.training.initialization import initial_model, load_start
-from vit_cifar.training.trainer import ViTCifarTrainer, checkpoint_step, describe_parameters, newest_checkpoint
+from vit_cifar.training.trainer import ViTCifarTrainer, describe_parameters, find_checkpoint
 
 
 def main(argv: list[str]) -> None:
     recipe, args, parser = parse_arguments(argv)
     commit = records.git_commit(Path(__file__).parent)  # before training: a checkout may move on meanwhile
     try:
-        checkpoint = find_checkpoint(args)
-        resumed_from_step = checkpoint_step(checkpoint) if checkpoint else None
+        checkpoint, resumed_from_step = find_checkpoint(args)
         start_folder = local_folder(recipe.model_name_or_path) if recipe.model_name_or_path else None
         pretrained, processor = load_start(recipe, start_folder)
         image_size = processor.size["height"]
-        load_rows(recipe.dataset_name, "test")  # there is one; its images wait for the end
-        train_set, validation_set = load_training_data(recipe, image_size)
+        train_set, validation_set, test_set = load_data(recipe, image_size)
+        twice = duplicates(test_set, train_set)
         set_seed(args.seed)
         attention = recipe.attn_implementation or fastest_attention(args.bf16, args.device)
         model, start = initial_model(recipe, pretrained, processor, train_set, attention)
@@ -45,6 +46,8 @@ def main(argv: list[str]) -> None:
         print(start)
         print(describe_parameters(model, recipe))
         print(f"{len(train_set):,} training and {len(validation_set):,} validation images on {args.device}")
+        if twice:
+            print(f"{len(twice):,} of {len(test_set):,} test images are training images too, as in row {twice[0]}")
         print(f"{number_format}, {attention} attention")
     result = trainer.train(resume_from_checkpoint=checkpoint)
     epochs_trained = trainer.state.epoch
@@ -56,11 +59,8 @@ def main(argv: list[str]) -> None:
 
     # From here on only the folder counts: loaded again, as a user will, it gives the numbers of the record.
     model = ViTCifarForImageClassification.from_pretrained(args.output_dir).to(args.device)
-    try:
-        test_set = load_data(recipe, "test", image_size)  # the one time that the test split is read
-        validation, test = (evaluate(model, processor, dataset) for dataset in (validation_set, test_set))
-    except DataError as error:
-        parser.error(f"the model is trained and saved in {args.output_dir}, but has no record: {error}")
+    # The one time that the model sees the test split.
+    validation, test = (evaluate(model, processor, dataset) for dataset in (validation_set, test_set))
 
     state = trainer.state
     steps = state.global_step - (resumed_from_step or 0)
@@ -91,6 +91,7 @@ def main(argv: list[str]) -> None:
             "fingerprints": {"train": train_set.fingerprint, "test": test_set.fingerprint},
             "validation_from": "train" if recipe.validation_size else "test",
             "images": {"train": len(train_set), "validation": len(validation_set), "test": len(test_set)},
+            "test_images_in_train": len(twice),
         },
         "epochs": records.epoch_log(state.log_history),
         "kept_epoch": round(kept_step / state.global_step * epochs_trained, 2),
@@ -108,36 +109,24 @@ def main(argv: list[str]) -> None:
     }
     records.write_record(args.output_dir, record)
     records.plot_losses(record, Path(args.output_dir) / "loss_curve.png")
+    write_checksums(args.output_dir)
     print(f"validation accuracy {validation.accuracy:.2%}, test accuracy {test.accuracy:.2%}: {args.output_dir}")
 
 
-def load_data(recipe: RecipeArguments, split: str, image_size: int) -> ImageDataset:
-    return load_split(recipe.dataset_name, split, image_size, recipe.image_column, recipe.label_column)
-
-
-def load_training_data(recipe: RecipeArguments, image_size: int) -> tuple[ImageDataset, ImageDataset]:
-    train_set = load_data(recipe, "train", image_size)
+def load_data(recipe: RecipeArguments, image_size: int) -> tuple[ImageDataset, ImageDataset, ImageDataset]:
+    """(training, validation, test): all of it before training, which a broken row must not cost."""
+    train_set, test_set = (
+        load_split(recipe.dataset_name, split, image_size, recipe.image_column, recipe.label_column)
+        for split in ("train", "test")
+    )
     if recipe.validation_size == 0:  # the tutorial's way: the test split decides which epoch is kept
-        return train_set, load_data(recipe, "test", image_size)
-    return split_off_validation(train_set, recipe.validation_size, recipe.validation_seed)
-
-
-def find_checkpoint(args: TrainingArguments) -> str | None:
-    """The checkpoint to go on from; without one, output_dir must not hold another training."""
-    output_dir, wanted = Path(args.output_dir), args.resume_from_checkpoint
-    if wanted is None:
-        taken = [*output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), *output_dir.glob(records.WEIGHTS_NAME)]
-        if taken:
-            raise ValueError(
-                f"output_dir: expected a folder without a training, got {output_dir} with {taken[0].name}: "
-                "go on with --resume_from_checkpoint or choose another"
-            )
-        return None
-    checkpoint = newest_checkpoint(args.output_dir) if wanted == "last" else wanted
-    if checkpoint is None:
-        raise ValueError(f"resume_from_checkpoint: expected a whole checkpoint in {output_dir}, got none")
-    return checkpoint
+        return train_set, test_set, test_set
+    return *split_off_validation(train_set, recipe.validation_size, recipe.validation_seed), test_set
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except (UserError, OSError, SafetensorError) as error:  # the last two: a full disk, as a rule
+        print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

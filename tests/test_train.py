@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -60,7 +61,7 @@ def test_the_folder_holds_no_pickle_and_a_picture(smoke_folder):
     names = {path.name for path in smoke_folder.iterdir() if path.is_file()}
     assert names == {
         *("config.json", "model.safetensors", "preprocessor_config.json", "training_record.json", "loss_curve.png"),
-        *("configuration_vit_cifar.py", "modeling_vit_cifar.py"),
+        *("configuration_vit_cifar.py", "modeling_vit_cifar.py", "SHA256SUMS"),
     }
     assert (smoke_folder / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
 
@@ -93,7 +94,7 @@ def test_killed_in_the_middle_of_an_epoch_and_resumed_ends_with_the_same_weights
     )
     deadline = time.monotonic() + 300
     # An epoch has 10 steps and a checkpoint is written every 5: 15 lies in the middle of the second one.
-    while not (folder / "checkpoint-15" / "trainer_state.json").exists() and time.monotonic() < deadline:
+    while not (folder / "checkpoint-15" / "SHA256SUMS").exists() and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL  # it had not ended by itself
@@ -121,13 +122,15 @@ def test_resume_from_the_middle_of_an_epoch_by_name(smoke_folder, tmp_path):
     assert weights_sha256(tmp_path / "again") == weights_sha256(folder) == weights_sha256(smoke_folder)
 
 
-def test_a_cut_newest_checkpoint_is_passed_over(smoke_folder, tmp_path):
-    folder = tmp_path / "run"
-    assert train("--recipe", "smoke", "--output_dir", folder).returncode == 0
+def test_a_damaged_newest_checkpoint_is_passed_over_and_refused_by_name(smoke_folder, tmp_path):
+    folder = shutil.copytree(smoke_folder, tmp_path / "run")
     (folder / "model.safetensors").unlink()
-    (folder / "checkpoint-95-backup").mkdir()
     (folder / "checkpoint-100" / "trainer_state.json").write_text('{"epoch": 10.0, "glo')
-    resumed = train("--recipe", "smoke", "--output_dir", folder, "--resume_from_checkpoint")
+    command = ["--recipe", "smoke", "--output_dir", folder, "--resume_from_checkpoint"]
+    refused = train(*command, folder / "checkpoint-100")
+    assert refused.returncode == 2
+    assert "checkpoint-95 is whole" in refused.stderr.splitlines()[-1]
+    resumed = train(*command)
     assert resumed.returncode == 0, resumed.stderr
     assert "passed over" in resumed.stdout and "checkpoint-100" in resumed.stdout
     assert weights_sha256(folder) == weights_sha256(smoke_folder)

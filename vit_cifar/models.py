@@ -10,6 +10,7 @@ from transformers import AutoConfig, ViTImageProcessor
 
 from .configuration_vit_cifar import ViTCifarConfig
 from .errors import UserError
+from .integrity import SUMS_NAME, DamageError, check_checksums, newest_whole_checkpoint
 from .modeling_vit_cifar import ViTCifarForImageClassification
 
 HUB_CARD = Path(__file__).parents[1] / "hub_card"  # in a checkout, not in a wheel
@@ -51,8 +52,9 @@ def load_model(name: str | None = None) -> tuple[ViTCifarForImageClassification,
             checkout.
 
     Raises:
-        ModelError: there is no such model, it is of another type, or its weights are not all there: transformers
-            would fill what is missing with random numbers.
+        ModelError: there is no such model, it is of another type, its files are not those of its SHA256SUMS (if it
+            has one), or its weights are not all there (transformers would fill what is missing with random numbers)
+            or not finite.
     """
     if name is None:
         name = str(BUNDLED_MODELS / DEFAULT_MODEL)
@@ -68,6 +70,8 @@ def load_model(name: str | None = None) -> tuple[ViTCifarForImageClassification,
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if found := info.get(problem):
             raise ModelError(f"model: expected all weights of {name}, got {problem.replace('_', ' ')}: {sorted(found)}")
+    if broken := [key for key, tensor in model.state_dict().items() if not tensor.isfinite().all()]:
+        raise ModelError(f"model: expected finite weights in {name}, got NaN or infinity in {', '.join(broken[:3])}")
     return model.eval(), processor
 
 
@@ -80,17 +84,34 @@ def local_folder(name: str) -> Path:
     """The folder of a model's weights and of what lies beside them; a Hub id's is downloaded, and named by its commit.
 
     Raises:
-        ModelError: there is no such model, or it is of another type.
+        ModelError: there is no such model, it is of another type, or its files are not those of its SHA256SUMS.
     """
+    is_folder = Path(name).is_dir()
+    if is_folder:
+        _check(Path(name))
     repo_id, revision = split_revision(name)
     with _one_line(name):
-        if not Path(name).is_dir():
+        if not is_folder:
             validate_repo_id(repo_id)
         # Before the weights, which may be large; the package's own classes only: nobody is asked to run other code.
         config = AutoConfig.from_pretrained(repo_id, revision=revision, trust_remote_code=False)
         if not isinstance(config, ViTCifarConfig):
             raise ModelError(f"model: expected type {ViTCifarConfig.model_type}, got {config.model_type} in {name}")
-        if Path(name).is_dir():
+        if is_folder:
             return Path(name)
-        wanted = ["*.json", "model.safetensors", "mistakes.parquet"]
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=wanted))
+        wanted = ["*.json", "*.py", "model.safetensors", "mistakes.parquet", SUMS_NAME]
+        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=wanted))
+    _check(folder)
+    return folder
+
+
+def _check(folder: Path) -> None:
+    """Raises ModelError if the folder has a SHA256SUMS and its files are others."""
+    if not (folder / SUMS_NAME).is_file():
+        return
+    try:
+        check_checksums(folder)
+    except DamageError as error:
+        newest, _ = newest_whole_checkpoint(folder)
+        offer = f"; {newest} is whole: train.py goes on from it with --resume_from_checkpoint" if newest else ""
+        raise ModelError(f"model: {error}{offer}") from error

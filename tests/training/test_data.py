@@ -9,7 +9,15 @@ from torchvision.transforms.v2 import functional as F
 from transformers import ViTImageProcessor
 
 from vit_cifar.training import data
-from vit_cifar.training.data import CIFAR10_MEAN, CIFAR10_STD, DataError, ImageDataset, load_split, split_off_validation
+from vit_cifar.training.data import (
+    CIFAR10_MEAN,
+    CIFAR10_STD,
+    DataError,
+    ImageDataset,
+    duplicates,
+    load_split,
+    split_off_validation,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -145,7 +153,7 @@ def test_row_without_image_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("labels", "feature", "message"),
     [
-        ([0, None, 1], None, "row 1, column 'label': expected a label, got none"),
+        ([0, None, 1], None, "row 1, column 'label': expected a label from 0 to 1, got none"),
         ([0, 1, -1], None, "row 2, column 'label': expected a label from 0 to 1, got -1"),
         ([0, -1, 1], datasets.Value("int64"), "row 1, column 'label': expected a label from 0 to 1, got -1"),
     ],
@@ -159,11 +167,22 @@ def test_wrong_labels_are_named(tmp_path, labels, feature, message):
 def test_label_outside_the_classes_is_named(tmp_path):
     folder = folder_of(tmp_path, [picture(1), picture(2)], [0, 7], datasets.Value("int64"))
     rows = datasets.load_dataset(folder)["train"]
-    assert data._labels(rows, "label", "train")[1] == [str(i) for i in range(8)]  # whole numbers name themselves
-    rows = rows.cast_column("label", datasets.ClassLabel(num_classes=8))
-    rows.info.features["label"] = datasets.ClassLabel(names=["a", "b"])  # a file that disagrees with its own schema
     with pytest.raises(DataError, match="row 1, column 'label': expected a label from 0 to 1, got 7"):
-        data._labels(rows, "label", "train")
+        data._labels(rows, "label", "train", ["a", "b"])  # a file that disagrees with its own schema
+
+
+def test_whole_numbers_are_labels_up_to_the_largest_of_any_split(tmp_path):
+    folder_of(tmp_path, [picture(1), picture(2)], [0, 3], datasets.Value("int64"))
+    folder = folder_of(tmp_path, [picture(3)], [1], datasets.Value("int64"), split="test")
+    for split in ("train", "test"):
+        assert load_split(folder, split, label_column="label").classes == ["0", "1", "2", "3"]
+
+
+def test_images_that_two_splits_have_in_common(tmp_path):
+    folder_of(tmp_path, [picture(seed) for seed in range(4)], [0, 1, 0, 1])
+    folder = folder_of(tmp_path, [picture(9), picture(2), picture(8), picture(2)], [0, 1, 0, 1], split="test")
+    train_set, test_set = (load_split(folder, split) for split in ("train", "test"))
+    assert duplicates(test_set, train_set) == [1, 3]
 
 
 def test_columns_splits_and_datasets_that_are_not_there(tmp_path):

@@ -1,11 +1,15 @@
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers.trainer_pt_utils import LabelSmoother
 
 from vit_cifar import ViTCifarConfig, ViTCifarForImageClassification
+from vit_cifar.integrity import DamageError, newest_whole_checkpoint
 from vit_cifar.training.arguments import parse_arguments
 from vit_cifar.training.data import CIFAR10_MEAN, CIFAR10_STD, load_split, normalize
-from vit_cifar.training.trainer import ViTCifarTrainer
+from vit_cifar.training.trainer import TrainingError, ViTCifarTrainer
 
 
 @pytest.fixture
@@ -67,3 +71,54 @@ def test_the_training_loss_is_smoothed_as_trainer_does_and_the_validation_loss_i
     torch.testing.assert_close(trainer.compute_loss(model, dict(inputs)), expected)
     plain = torch.nn.functional.cross_entropy(model(inputs["pixel_values"]).logits, inputs["labels"])
     torch.testing.assert_close(trainer.compute_loss(model.eval(), dict(inputs)), plain)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient", "input"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_or_infinity_stops_before_the_step_and_leaves_what_was_saved(make, tmp_path, monkeypatch, where, value):
+    trainer = make("--save_steps", "2", "--max_steps", "8")
+    prepare, compute_loss = trainer._prepare_inputs, trainer.compute_loss
+
+    def broken(name: str) -> bool:
+        return where == name and trainer.model.training and trainer.state.global_step == 4
+
+    def prepare_inputs(inputs):
+        inputs = prepare(inputs)
+        if broken("input"):
+            inputs["pixel_values"][0, 0, 0, 0] = value
+        return inputs
+
+    def loss(*args, **kwargs):
+        found = compute_loss(*args, **kwargs)
+        return found + value if broken("loss") else found
+
+    monkeypatch.setattr(trainer, "_prepare_inputs", prepare_inputs)
+    monkeypatch.setattr(trainer, "compute_loss", loss)
+    trainer.model.classifier.bias.register_hook(lambda gradient: gradient + (value if broken("gradient") else 0))
+    with pytest.raises(TrainingError, match="step 5: expected a finite loss") as stopped:
+        trainer.train()
+    newest, damaged = newest_whole_checkpoint(tmp_path)
+    assert (newest.name, damaged) == ("checkpoint-4", [])
+    assert str(newest) in str(stopped.value)
+    saved = load_file(newest / "model.safetensors")
+    assert all(torch.equal(saved[name], p) for name, p in trainer.model.named_parameters())  # no step was made of it
+
+
+def test_a_save_at_the_end_of_an_epoch_holds_its_evaluation(make, tmp_path):
+    trainer = make("--save_steps", "2", "--num_train_epochs", "1", "--per_device_train_batch_size", "10")
+    trainer.train()
+    state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+    assert "eval_loss" in state["log_history"][-1]
+    assert (tmp_path / "checkpoint-2").exists()
+
+
+def test_a_best_checkpoint_that_was_damaged_meanwhile_is_not_taken(make, tmp_path):
+    trainer = make("--num_train_epochs", "1")
+    trainer.train()
+    trainer.state.best_model_checkpoint = str(newest_whole_checkpoint(tmp_path)[0])
+    trainer._load_best_model()
+    with open(f"{trainer.state.best_model_checkpoint}/model.safetensors", "r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"!")
+    with pytest.raises(DamageError, match="model.safetensors"):
+        trainer._load_best_model()

@@ -209,7 +209,7 @@ def training_contenders(config: ViTCifarConfig, batch_size: int, formats: list[s
     sample = load_split(SAMPLE_NAME, "train")
     many = torch.arange(batch_size * 50) % len(sample)
     train_set = sample.subset(many)
-    rows = load_rows(SAMPLE_NAME, "train").select(many.tolist())
+    rows = load_rows(SAMPLE_NAME)["train"].select(many.tolist())
     image, label = (
         next(name for name, feature in rows.features.items() if isinstance(feature, kind))
         for kind in (datasets.Image, datasets.ClassLabel)

@@ -22,6 +22,7 @@ from ..explain.perturbation import (
     randomized,
     rank_correlation,
 )
+from ..integrity import write_checksums
 from ..modeling_vit_cifar import ViTCifarForImageClassification
 from ..models import load_model
 from ..training.data import CIFAR10_NAME, ImageDataset, load_split, normalize, split_off_validation
@@ -241,6 +242,7 @@ def write_examination(folder: str | Path, examination: Examination) -> None:
     record = {"weights_sha256": sha256} | examination.record
     part.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     os.replace(part, folder / EXAMINATION_NAME)
+    write_checksums(folder)
 
 
 def read_examination(folder: str | Path) -> Examination | None:

@@ -7,7 +7,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..models import class_names
+from ..models import ModelError, class_names
 from ..training.data import DataError, ImageDataset, normalize
 
 
@@ -38,6 +38,7 @@ def evaluate(
 
     Raises:
         DataError: the dataset's classes are not those of the model.
+        ModelError: the model's answers are not finite numbers.
     """
     names = class_names(model.config)
     if list(dataset.classes) != names:
@@ -51,6 +52,8 @@ def evaluate(
         images = normalize(images.to(model.device), processor.image_mean, processor.image_std)
         logits.append(model(images.to(model.dtype)).logits.float().cpu())
     logits = torch.cat(logits)
+    if broken := (~logits.isfinite().all(-1)).sum().item():
+        raise ModelError(f"logits: expected finite numbers, got NaN or infinity for {broken} of {len(logits)} images")
 
     count = len(names)
     confusion = torch.bincount(dataset.labels * count + logits.argmax(-1), minlength=count**2).view(count, count)

@@ -10,6 +10,7 @@ import torch
 
 from ..configuration_vit_cifar import ViTCifarConfig
 from ..errors import UserError
+from ..integrity import write_checksums
 from ..modeling_vit_cifar import ViTCifarForImageClassification
 from ..training.arguments import recipe_model
 from ..training.data import image_processor
@@ -61,6 +62,7 @@ def convert_tutorial(checkpoint: str | Path, output_dir: str | Path) -> tuple[st
         model.load_state_dict(_rename(tensors, model.state_dict(), recipe))
         model.save_pretrained(folder)
         image_processor(model.config.image_size).save_pretrained(folder)
+        write_checksums(folder)
     return recipe, model.eval()
 
 

@@ -22,6 +22,7 @@ from ..errors import UserError
 from ..evaluation.examination import EXAMINATION_NAME, MISTAKES_NAME, read_examination
 from ..evaluation.metrics import evaluate
 from ..evaluation.records import RECORD_NAME, WEIGHTS_NAME, read_record
+from ..integrity import write_checksums
 from ..models import HUB_CARD, load_model
 from ..training.data import DataError, load_split
 from . import stranger
@@ -97,7 +98,7 @@ def build_model_repo(model_dir: str | Path, repo_id: str, folder: Path) -> None:
     """Fills an empty folder with what the Hub's repository will hold; `model_dir` is only read.
 
     Raises:
-        PublishError: weights that are pickled or not finite, a file that is missing, not in a checkout.
+        PublishError: weights that are pickled, a file that is missing, not in a checkout.
         RecordError: no training record, or one of other weights.
         ModelError: the model cannot be loaded.
     """
@@ -111,9 +112,6 @@ def build_model_repo(model_dir: str | Path, repo_id: str, folder: Path) -> None:
     if missing := [name for name in COPIED if name != RECORD_NAME and not (model_dir / name).is_file()]:
         raise PublishError(f"{model_dir}: expected {', '.join(COPIED)}, got no {', '.join(missing)}")
     record, (model, _) = read_record(model_dir), load_model(str(model_dir))
-    weights = model.state_dict()
-    if broken := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
-        raise PublishError(f"{model_dir}: expected finite weights, got NaN or infinity in {', '.join(broken[:3])}")
     examination = read_examination(model_dir)
     _compare(record, {"parameters": model.num_parameters()}, "the model")
     if examination:
@@ -129,6 +127,7 @@ def build_model_repo(model_dir: str | Path, repo_id: str, folder: Path) -> None:
     model_card(model_dir, repo_id).save(folder / CARD_NAME)
     if examination:
         card_picture(model_dir, examination).savefig(folder / PICTURE_NAME, dpi=110)
+    write_checksums(folder)
 
 
 def check_card(folder: Path) -> str:

@@ -24,7 +24,7 @@ CIFAR10_MEAN = [0.4914, 0.4822, 0.4465]  # per channel, of pixels scaled to 0..1
 CIFAR10_STD = [0.2023, 0.1994, 0.2010]
 SAMPLE_NAME = "sample"
 SAMPLE_FOLDER = Path(__file__).parents[1] / "demo" / "assets" / "sample"
-CACHE_FORMAT = "1"  # part of the cache's key: raise it when what is stored changes
+CACHE_FORMAT = "2"  # part of the cache's key: raise it when what is stored changes
 
 
 class DataError(UserError):
@@ -79,23 +79,20 @@ def image_processor(
     return ViTImageProcessor(size=size, image_mean=mean, image_std=std, resample=3, do_convert_rgb=True)
 
 
-def load_rows(dataset_name: str, split: str) -> datasets.Dataset:
-    """The rows of a split, nothing decoded yet.
+def load_rows(dataset_name: str) -> datasets.DatasetDict:
+    """The rows of every split, nothing decoded yet.
 
     Raises:
-        DataError: no such dataset or split, or an empty split.
+        DataError: no such dataset, or an empty split.
     """
     source = str(SAMPLE_FOLDER) if dataset_name == SAMPLE_NAME else dataset_name
     try:
-        rows = datasets.load_dataset(source)
+        return datasets.load_dataset(source)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if "corresponds to no data" in reason:  # what `datasets` says of a split without rows
             raise DataError(f"{dataset_name}: expected rows in every split, got an empty split: {reason}") from error
         raise DataError(f"dataset_name: expected a dataset on the Hub or a folder, got {source!r}: {reason}") from error
-    if split not in rows:
-        raise DataError(f"split: expected one of {', '.join(rows)} in {dataset_name}, got {split!r}")
-    return rows[split]
 
 
 def load_split(
@@ -111,29 +108,40 @@ def load_split(
         dataset_name: a Hub id, a local folder, or "sample" for the images that the package carries.
         split: "train", "test", or whatever else the dataset has.
         image_size: height and width in pixels; images of another size are resized (bicubic, antialiased).
-        image_column, label_column: names; left out, the only Image and the only ClassLabel column are taken.
+        image_column, label_column: names; left out, the only Image and the only ClassLabel column are taken. Whole
+            numbers without names are labels too, from 0 to the largest one of any split.
 
     Raises:
         DataError: no such dataset, split or column, an empty split, a row whose image cannot be decoded or whose
             label is missing or not one of the classes.
     """
-    rows = load_rows(dataset_name, split)
+    splits = load_rows(dataset_name)
+    if split not in splits:
+        raise DataError(f"split: expected one of {', '.join(splits)} in {dataset_name}, got {split!r}")
+    rows = splits[split]
     image_column = _find_column(rows, image_column, datasets.Image, "image_column", split)
     label_column = _find_column(rows, label_column, datasets.ClassLabel, "label_column", split)
+    classes = _classes(splits, label_column)
 
-    key = json.dumps([CACHE_FORMAT, rows._fingerprint, image_column, label_column, image_size])
+    key = json.dumps([CACHE_FORMAT, rows._fingerprint, image_column, label_column, classes, image_size])
     path = (
         Path(datasets.config.HF_CACHE_HOME)
         / "vit_cifar"
         / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
     )
-    cached = _read_cache(path, rows._fingerprint)
+    cached = _read_cache(path, classes, rows._fingerprint)
     if cached is None:
-        labels, classes = _labels(rows, label_column, split)
+        labels = _labels(rows, label_column, split, classes)
         images = _images(rows, image_column, split, image_size)
         cached = ImageDataset(images, labels, classes, rows._fingerprint)
         _write_cache(path, cached)
     return cached
+
+
+def duplicates(dataset: ImageDataset, of: ImageDataset) -> list[int]:
+    """Rows of `dataset` whose image, as decoded, is one of `of` too, byte for byte."""
+    known = {hashlib.sha256(image).digest() for image in of.images.numpy()}
+    return [row for row, image in enumerate(dataset.images.numpy()) if hashlib.sha256(image).digest() in known]
 
 
 def split_off_validation(dataset: ImageDataset, size: int, seed: int) -> tuple[ImageDataset, ImageDataset]:
@@ -173,24 +181,27 @@ def _find_column(rows: datasets.Dataset, name: str | None, kind: type, argument:
     return found[0]
 
 
-def _labels(rows: datasets.Dataset, column: str, split: str) -> tuple[torch.Tensor, list[str]]:
-    feature, labels = rows.features[column], rows.with_format(None)[column][:]
-    for row, label in enumerate(labels):
-        if label is None:
-            raise DataError(f"split {split!r}, row {row}, column {column!r}: expected a label, got none")
+def _classes(splits: datasets.DatasetDict, column: str) -> list[str]:
+    """The class names, the same for every split."""
+    feature = next(rows.features[column] for rows in splits.values() if column in rows.features)
     if isinstance(feature, datasets.ClassLabel):
-        classes = feature.names
-    elif labels and all(isinstance(label, int) for label in labels):
-        classes = [str(index) for index in range(max(labels) + 1)]
-    else:
+        return feature.names
+    labels = [label for rows in splits.values() if column in rows.features for label in rows.unique(column)]
+    labels = [label for label in labels if label is not None]
+    if not labels or not all(isinstance(label, int) for label in labels):
         raise DataError(f"label_column: expected class labels or whole numbers in {column!r}, got {feature}")
-    last = len(classes) - 1
+    return [str(index) for index in range(max(labels) + 1)]
+
+
+def _labels(rows: datasets.Dataset, column: str, split: str, classes: list[str]) -> torch.Tensor:
+    labels, last = rows.with_format(None)[column][:], len(classes) - 1
     for row, label in enumerate(labels):
-        if not 0 <= label <= last:
+        if label is None or not 0 <= label <= last:
+            got = "none" if label is None else label
             raise DataError(
-                f"split {split!r}, row {row}, column {column!r}: expected a label from 0 to {last}, got {label}"
+                f"split {split!r}, row {row}, column {column!r}: expected a label from 0 to {last}, got {got}"
             )
-    return torch.tensor(labels), classes
+    return torch.tensor(labels)
 
 
 def _images(rows: datasets.Dataset, column: str, split: str, image_size: int) -> torch.Tensor:
@@ -222,12 +233,11 @@ def _describe(value: dict | None) -> str:
     return f"{len(value['bytes'])} bytes that cannot be decoded"
 
 
-def _read_cache(path: Path, fingerprint: str) -> ImageDataset | None:
+def _read_cache(path: Path, classes: list[str], fingerprint: str) -> ImageDataset | None:
     if not path.exists():
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            classes = json.loads(file.metadata()["classes"])
             return ImageDataset(file.get_tensor("images"), file.get_tensor("labels"), classes, fingerprint)
     except (SafetensorError, OSError) as error:
         print(f"cache {path} cannot be read and is made again: {error}")
@@ -241,7 +251,7 @@ def _write_cache(path: Path, dataset: ImageDataset) -> None:
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             part = Path(folder) / path.name
             tensors = {"images": dataset.images, "labels": dataset.labels}
-            save_file(tensors, part, metadata={"classes": json.dumps(dataset.classes)})
+            save_file(tensors, part)
             os.replace(part, path)
     except OSError as error:
         print(f"the decoded images are not cached, the next start decodes again: {error}")

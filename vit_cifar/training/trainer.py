@@ -1,11 +1,12 @@
 """The Trainer subclass: augmentation on the device, our optimizers, what a record needs to know."""
 
-import json
+import shutil
 import time
 from pathlib import Path
 
 import psutil
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     EarlyStoppingCallback,
@@ -13,16 +14,25 @@ from transformers import (
     PreTrainedModel,
     Trainer,
     TrainerCallback,
+    TrainerControl,
     TrainingArguments,
 )
-from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState, TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.utils import SAFE_WEIGHTS_NAME
 
+from ..errors import UserError
+from ..integrity import DamageError, check_checksums, newest_whole_checkpoint, write_checksums
 from .arguments import RecipeArguments
 from .augmentation import Augmentation
 from .data import ImageDataset, keep_batch, normalize
 from .distributed import synchronize_batch_norm
 from .optimizer import MuonWithAdamW, decayed_parameter_names, muon_parameter_names
+
+
+class TrainingError(UserError):
+    """A training that cannot go on; the message is one line. What was saved before is as it was."""
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
@@ -43,6 +53,20 @@ class Clock(TrainerCallback, ExportableState):
         return {"args": {"seconds_before": self.seconds()}, "attributes": {}}
 
 
+class SaveAfterEvaluation(TrainerCallback):
+    """A save that falls on the end of an epoch waits for its evaluation, or one that goes on from it lacks it."""
+
+    waiting = False
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        if control.should_save and state.epoch.is_integer():
+            control.should_save, self.waiting = False, True
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        if self.waiting:
+            control.should_save, self.waiting = True, False
+
+
 class ViTCifarTrainer(Trainer):
     """Trainer over ImageDatasets.
 
@@ -60,7 +84,7 @@ class ViTCifarTrainer(Trainer):
         image_mean: list[float],
         image_std: list[float],
     ):
-        callbacks = [Clock()]
+        callbacks = [Clock(), SaveAfterEvaluation()]
         if recipe.early_stopping_patience is not None:
             callbacks.append(EarlyStoppingCallback(recipe.early_stopping_patience))
         if args.world_size > 1:
@@ -144,6 +168,56 @@ class ViTCifarTrainer(Trainer):
             )
         return super().create_optimizer(model)
 
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        """Trainer's; no optimizer step follows a loss or a gradient that is NaN or infinite.
+
+        Raises:
+            TrainingError: it is.
+        """
+        loss = super().training_step(*args, **kwargs)
+        gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        # With fp16 gradients are infinite now and then: its scaler leaves such a step out by itself.
+        norm = nn.utils.get_total_norm(gradients.values()) if self.accelerator.scaler is None else torch.zeros(())
+        if not (loss + norm.to(loss.device)).isfinite():
+            broken = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
+            raise TrainingError(
+                f"step {self.state.global_step + 1}: expected a finite loss and finite gradients, got a loss of {loss} "
+                f"and {len(broken)} of {len(gradients)} gradients with NaN or infinity ({', '.join(broken[:2])}): "
+                f"stopped before this step; {self._newest_whole_checkpoint()}"
+            )
+        return loss
+
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
+        """Trainer's, with checksums, which make it a whole one; an older one is deleted only then.
+
+        Raises:
+            TrainingError: it cannot be written.
+        """
+        folder = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()  # each process has its own random state to save
+            if self.args.should_save:
+                write_checksums(folder)
+        except (OSError, RuntimeError, SafetensorError) as error:  # as torch, json and safetensors say "disk full"
+            shutil.rmtree(folder, ignore_errors=True)
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise TrainingError(f"{folder}: cannot be written: {reason}; {self._newest_whole_checkpoint()}") from error
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _load_best_model(self) -> None:
+        """Trainer's, of a checkpoint that is what it was."""
+        check_checksums(self.state.best_model_checkpoint)
+        super()._load_best_model()
+
+    def _newest_whole_checkpoint(self) -> str:
+        newest, _ = newest_whole_checkpoint(self.args.output_dir)
+        return f"--resume_from_checkpoint goes on from {newest}" if newest else "no checkpoint was saved before"
+
     def _determine_best_metric(self, metrics: dict[str, float], trial: object) -> bool:
         if round(self.state.epoch) < self.recipe.first_eligible_epoch:
             return False
@@ -167,27 +241,30 @@ def describe_parameters(model: nn.Module, recipe: RecipeArguments) -> str:
     )
 
 
-def newest_checkpoint(output_dir: str) -> str | None:
-    """The newest whole checkpoint in a training's folder, or None."""
-    checkpoints = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-    endings = {path: path.name.rpartition("-")[2] for path in checkpoints}
-    numbered = {int(ending): path for path, ending in endings.items() if ending.isdigit()}
-    for step in sorted(numbered, reverse=True):
-        try:
-            checkpoint_step(numbered[step])
-            return str(numbered[step])
-        except ValueError as error:
-            print(f"passed over: {error}")
-    return None
-
-
-def checkpoint_step(folder: str | Path) -> int:
-    """How many steps a checkpoint has behind it.
+def find_checkpoint(args: TrainingArguments) -> tuple[str | None, int | None]:
+    """(The checkpoint to go on from, how many steps it has behind it); (None, None) to start anew.
 
     Raises:
-        ValueError: it is not whole: its trainer_state.json, which is written last, cannot be read.
+        TrainingError: there is no whole one to go on from, or output_dir holds another training.
     """
+    output_dir, wanted = Path(args.output_dir), args.resume_from_checkpoint
+    if wanted is None:
+        if taken := [*output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), *output_dir.glob(SAFE_WEIGHTS_NAME)]:
+            raise TrainingError(
+                f"output_dir: expected a folder without a training, got {output_dir} with {taken[0].name}: "
+                "go on with --resume_from_checkpoint or choose another"
+            )
+        return None, None
+    newest, damaged = newest_whole_checkpoint(output_dir)
+    if wanted == "last":
+        for error in damaged:
+            print(f"passed over: {error}")
+        if newest is None:
+            raise TrainingError(f"resume_from_checkpoint: expected a whole checkpoint in {output_dir}, got none")
+        wanted = newest
     try:
-        return json.loads((Path(folder) / "trainer_state.json").read_text())["global_step"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"resume_from_checkpoint: expected a whole checkpoint, got {folder}: {error}") from error
+        check_checksums(wanted)
+    except DamageError as error:
+        offer = f"; {newest} is whole" if newest else ""
+        raise TrainingError(f"resume_from_checkpoint: {error}{offer}") from error
+    return str(wanted), TrainerState.load_from_json(str(Path(wanted, TRAINER_STATE_NAME))).global_step

@@ -1,0 +1,143 @@
+"""A training that is killed, runs out of disk, finds its cache half made or read-only."""
+
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from tests.helpers import run, skip_or_fail
+from vit_cifar.integrity import check_checksums, newest_whole_checkpoint
+from vit_cifar.models import ModelError, load_model
+
+SMOKE = ("--recipe", "smoke", "--num_train_epochs", "20")
+LAST = 200  # its steps; a checkpoint every 5 of them
+
+# train.py in a process that dies by its own hand: SECONDS after training began, or at the EVENT-th time that it opens,
+# makes, renames or deletes something of a checkpoint, of which a save does some thirty.
+DYING = """
+import os, runpy, signal, sys, threading
+from transformers import Trainer
+kind, number = sys.argv[1], float(sys.argv[2])
+sys.argv = ["train.py", *sys.argv[3:]]
+die = lambda: os.kill(os.getpid(), signal.SIGKILL)
+train, seen = Trainer.train, 0
+def watch(event, arguments):
+    global seen
+    if event in ("open", "os.mkdir", "os.rename", "os.remove", "shutil.rmtree") and "checkpoint-" in str(arguments[0]):
+        seen += 1
+        if seen == number:
+            die()
+def begin(*args, **kwargs):
+    if kind == "seconds":
+        threading.Timer(number, die).start()
+    else:
+        sys.addaudithook(watch)
+    return train(*args, **kwargs)
+Trainer.train = begin
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+def train(folder: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    return run(sys.executable, "train.py", *SMOKE, "--output_dir", folder, *arguments, **environment)
+
+
+def state(folder: Path) -> dict[str, object]:
+    """What a training ends with: weights, and of its last checkpoint optimizer, schedule and random state."""
+    names = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+    last = folder / f"checkpoint-{LAST}"
+    check_checksums(folder)
+    return {"weights": load_file(folder / "model.safetensors")} | {
+        name: torch.load(last / name, weights_only=False) for name in names
+    }
+
+
+def same(first: object, second: object) -> bool:
+    """To the last bit."""
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(same, first, second))
+    return bool((first == second).all()) if hasattr(first, "all") else first == second
+
+
+def kill(times: int = 20, seed: int = 0) -> dict:
+    """One training, killed again and again, at least every second time inside a save, ends like one that was not."""
+    moments = random.Random(seed)
+    with tempfile.TemporaryDirectory() as scratch:
+        unbroken, killed = Path(scratch, "unbroken"), Path(scratch, "killed")
+        assert train(unbroken).returncode == 0
+        inside = 0
+        for number in range(times):
+            kind, moment = ("event", moments.randint(1, 60)) if number % 2 else ("seconds", moments.uniform(0, 0.6))
+            resume = ["--resume_from_checkpoint"] if newest_whole_checkpoint(killed)[0] else []
+            if not resume:
+                shutil.rmtree(killed, ignore_errors=True)  # killed before the first checkpoint was whole
+            process = run(sys.executable, "-c", DYING, kind, moment, *SMOKE, "--output_dir", killed, *resume)
+            assert process.returncode == -signal.SIGKILL, process.stderr
+            inside += bool(newest_whole_checkpoint(killed)[1])
+        resumed = train(killed, "--resume_from_checkpoint")
+        assert resumed.returncode == 0, resumed.stderr
+        assert same(state(unbroken), state(killed))
+    assert inside >= times * 7 // 20
+    return {"kills": times, "left_a_half_checkpoint": inside, "identical_in_the_end": True}
+
+
+@contextmanager
+def small_disk(folder: Path, size: int) -> Iterator[Path]:
+    """A file system of so many bytes at `folder`."""
+    folder.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]).returncode:
+        skip_or_fail("a small file system can be mounted by root alone")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def full_disk(places: int = 6) -> dict:
+    """The disk is full at another place of the second save each time; then there is room again."""
+    found = []
+    with tempfile.TemporaryDirectory() as scratch:
+        unbroken = Path(scratch, "unbroken")
+        assert train(unbroken).returncode == 0
+        size = sum(-(-path.stat().st_size // 4096) * 4096 for path in (unbroken / f"checkpoint-{LAST}").iterdir())
+        for place in range(places):
+            disk = Path(scratch, f"disk_{place}")
+            with small_disk(disk, size + size * (2 * place + 1) // (2 * places)):
+                folder = disk / "run"
+                failed = train(folder)
+                said = re.search(
+                    r"checkpoint-10: cannot be written: (.*); --resume_from_checkpoint goes on from", failed.stderr
+                )
+                assert failed.returncode == 2 and said and "Traceback" not in failed.stderr, failed.stderr
+                whole, _ = newest_whole_checkpoint(folder)
+                assert whole.name == "checkpoint-5"
+                load_file(whole / "model.safetensors")
+                found.append(said[1])
+                subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+                resumed = train(folder, "--resume_from_checkpoint")
+                assert resumed.returncode == 0, resumed.stderr
+                assert same(state(unbroken), state(folder))
+        with small_disk(Path(scratch, "last"), size // 4) as disk:  # room for a part of the model alone
+            failed = train(disk / "run", "--save_strategy", "no")
+            assert failed.returncode == 2 and "Traceback" not in failed.stderr, failed.stderr
+            found.append(re.search(r"train.py: error: (.*)", failed.stderr)[1].replace(str(disk), "."))
+            try:
+                load_model(str(disk / "run"))
+                raise AssertionError("a half model was taken for a whole one")
+            except ModelError:
+                pass
+    return {"places_of_a_save": places, "and_of_the_model_folder": 1, "said": sorted(set(found))}

@@ -1,0 +1,79 @@
+"""What of a folder is still as it was written: checksums, and which of a training's checkpoints are whole.
+
+SHA256SUMS has the format of `sha256sum --check`. It finds damage, not forgery: who can change a file can change it too.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+from .errors import UserError
+
+SUMS_NAME = "SHA256SUMS"
+LAST_LINE = "# end"  # a comment to sha256sum; without it the list itself is cut
+READ_BY_PEOPLE = (".md", ".png")  # a card may be edited on the Hub
+
+
+class DamageError(UserError):
+    """Files that are not what was written; the message is one line that names them."""
+
+
+def write_checksums(folder: str | Path) -> None:
+    """SHA256SUMS of the files in a folder that programs read, all of which are on the disk before it is."""
+    folder, lines = Path(folder), []
+    for path in sorted(folder.iterdir()):
+        if not path.is_file() or path.name.startswith((".", SUMS_NAME)) or path.suffix in READ_BY_PEOPLE:
+            continue
+        with path.open("rb") as file:
+            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}")
+            os.fsync(file.fileno())
+    part = folder / f".{SUMS_NAME}.part"
+    with part.open("w") as file:
+        file.write("\n".join([*lines, LAST_LINE]) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, folder / SUMS_NAME)
+
+
+def check_checksums(folder: str | Path) -> None:
+    """Raises DamageError unless every file in SHA256SUMS, which has to be there, is what it was."""
+    folder = Path(folder)
+    try:
+        *lines, last_line = (folder / SUMS_NAME).read_text().splitlines()
+        expected = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+        whole = last_line == LAST_LINE
+    except FileNotFoundError as error:
+        raise DamageError(f"{folder}: expected a {SUMS_NAME}, which is written last, got none") from error
+    except ValueError:  # not text, or not of these lines
+        whole = False
+    damaged = [name for name, digest in expected.items() if _digest(folder / name) != digest] if whole else [SUMS_NAME]
+    if damaged:
+        raise DamageError(
+            f"{folder}: expected the files that were written here, got others: {', '.join(damaged)} "
+            f"(see {SUMS_NAME}; delete it if you changed them yourself)"
+        )
+
+
+def _digest(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checkpoints(output_dir: str | Path) -> list[Path]:
+    """A training's checkpoints, whole or not, newest first."""
+    numbered = {path.name.removeprefix("checkpoint-"): path for path in Path(output_dir).glob("checkpoint-*")}
+    return [numbered[step] for step in sorted(filter(str.isdigit, numbered), key=int, reverse=True)]
+
+
+def newest_whole_checkpoint(output_dir: str | Path) -> tuple[Path | None, list[DamageError]]:
+    """(The newest checkpoint that is what it was when written, what is wrong with each newer one)."""
+    problems = []
+    for checkpoint in checkpoints(output_dir):
+        try:
+            check_checksums(checkpoint)
+            return checkpoint, problems
+        except DamageError as error:
+            problems.append(error)
+    return None, problems
