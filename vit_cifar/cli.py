@@ -258,15 +258,13 @@ def demo(
 ) -> None:
     """Open the page that shows what a model answers and where it looks."""
     try:
-        from .demo.page import LAUNCH_OPTIONS, build_page
+        from .demo.page import serve
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise
         print('vit-cifar: the page needs gradio: pip install "vit-cifar[demo]"', file=sys.stderr)
         raise typer.Exit(2) from error
-    from .demo.views import load_subjects
-
-    build_page(load_subjects(model or None)).launch(**LAUNCH_OPTIONS)
+    serve(model or None)
 
 
 def main() -> None:

@@ -11,9 +11,9 @@ import psutil
 import pyarrow.parquet
 import pytest
 import torch
-from gradio.route_utils import delete_files_created_by_app
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
+from gradio_client.utils import QueueError
 from helpers import CHROMIUM, PATIENCE, ROOT, run, served, skip_or_fail
 from PIL import Image, ImageOps
 from playwright.sync_api import Browser, Page, Request, expect, sync_playwright
@@ -307,17 +307,10 @@ def test_examples_are_real_test_images_of_every_class():
     assert set(examples.values()) == set(CIFAR10_CLASSES)
 
 
-def test_example_icons_outlive_the_cleaning_of_the_cache(subject):
-    page = build_page([subject])
-    delete_files_created_by_app(page, age=None)
-    icons = [block.icon["path"] for block in page.blocks.values() if getattr(block, "icon", None)]
-    assert len(icons) >= 10 and all(Path(icon).is_file() for icon in icons)
-
-
 def test_nothing_is_recorded_or_monitored(page):
     config = page.get_config_file()
     assert not config["analytics_enabled"] and not config["run_history"]
-    assert page.max_file_size and page._queue.max_size
+    assert page.max_file_size and page._queue.max_size and len(page._queue.event_analytics) <= 1
     for address in ("monitoring", "monitoring/summary", "gradio_api/runs"):
         assert httpx.get(page.local_url + address, timeout=PATIENCE).status_code in (403, 404), address
 
@@ -551,6 +544,24 @@ def test_a_bad_file_in_a_browser(subject, page, browser, tmp_path):
     visit.tab.close()
 
 
+def test_a_full_queue_says_so(subject, page, client, browser, monkeypatch):
+    visit = Visit(browser, page.local_url, "light", 1280)
+    body = {"data": [None, "", 1, "mean"]}
+    with monkeypatch.context() as patch:
+        patch.setattr(page._queue, "max_size", 0)
+        with pytest.raises(QueueError, match="Queue is full! Please try again."):
+            predict(client, EXAMPLES / "cat.png")
+        answer = httpx.post(f"{page.local_url}gradio_api/call/predict", json=body, timeout=PATIENCE)
+        assert answer.status_code == 503 and "Queue is full" in answer.json()["detail"]
+        visit.tab.get_by_role("button", name="frog icon").click()
+        visit.tab.get_by_text("This application is currently busy. Please try again.").wait_for()
+        visit.tab.wait_for_selector("#answer h2", state="detached")  # the dog's answer is not left beside nothing
+        expect(visit.tab.get_by_alt_text(OCCLUSION)).to_have_count(0)
+    visit.tab.get_by_role("button", name="ship icon").click()
+    visit.wait_for_answer(truth(subject, open_image(EXAMPLES / "ship.png"))[0])
+    visit.tab.close()
+
+
 def test_clearing_and_dropping_in_a_browser(subject, page, browser):
     visit = Visit(browser, page.local_url, "light", 1280)
     seen = visit.picture(SEEN)
@@ -592,10 +603,17 @@ def test_app_without_gradio_says_what_to_install():
     assert finished.stderr == 'vit-cifar: the page needs gradio: pip install "vit-cifar[demo]"\n'
 
 
-def test_app_serves_the_model_of_the_flag_to_this_machine_alone(tiny_model_folder, tmp_path):
+def test_app_serves_the_model_of_the_flag_to_this_machine_alone_and_leaves_nothing(tiny_model_folder, tmp_path):
     command = [sys.executable, ROOT / "app.py", "--model", tiny_model_folder]
-    with served(tmp_path, *command, MODEL_ID="not/this-one") as (app, url):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (cache / "another program's").touch()
+    with served(tmp_path, *command, MODEL_ID="not/this-one", GRADIO_TEMP_DIR=str(cache)) as (app, url):
         config = httpx.get(f"{url}/config", timeout=PATIENCE).json()
         listening = [c.laddr.ip for c in psutil.Process(app.pid).net_connections() if c.status == psutil.CONN_LISTEN]
+        assert any(cache.glob("vit-cifar-*/*"))
+        app.terminate()
+        app.wait(PATIENCE)
     assert tiny_model_folder.name in config["title"], json.dumps(config["title"])
     assert listening and set(listening) == {"127.0.0.1"}
+    assert not any(cache.glob("vit-cifar-*")) and (cache / "another program's").exists()

@@ -11,11 +11,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from time import monotonic, sleep
 
 import torch
 from safetensors.torch import load_file
 
-from tests.helpers import run, skip_or_fail
+from tests.helpers import ROOT, run, skip_or_fail
+from vit_cifar.evaluation.records import weights_sha256
 from vit_cifar.integrity import check_checksums, newest_whole_checkpoint
 from vit_cifar.models import ModelError, load_model
 
@@ -96,10 +98,10 @@ def kill(times: int = 20, seed: int = 0) -> dict:
 
 
 @contextmanager
-def small_disk(folder: Path, size: int) -> Iterator[Path]:
-    """A file system of so many bytes at `folder`."""
+def small_disk(folder: Path, options: str) -> Iterator[Path]:
+    """A file system of its own at `folder`; options as `mount` takes them."""
     folder.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]).returncode:
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder]).returncode:
         skip_or_fail("a small file system can be mounted by root alone")
     try:
         yield folder
@@ -116,7 +118,7 @@ def full_disk(places: int = 6) -> dict:
         size = sum(-(-path.stat().st_size // 4096) * 4096 for path in (unbroken / f"checkpoint-{LAST}").iterdir())
         for place in range(places):
             disk = Path(scratch, f"disk_{place}")
-            with small_disk(disk, size + size * (2 * place + 1) // (2 * places)):
+            with small_disk(disk, f"size={size + size * (2 * place + 1) // (2 * places)}"):
                 folder = disk / "run"
                 failed = train(folder)
                 said = re.search(
@@ -131,7 +133,7 @@ def full_disk(places: int = 6) -> dict:
                 resumed = train(folder, "--resume_from_checkpoint")
                 assert resumed.returncode == 0, resumed.stderr
                 assert same(state(unbroken), state(folder))
-        with small_disk(Path(scratch, "last"), size // 4) as disk:  # room for a part of the model alone
+        with small_disk(Path(scratch, "last"), f"size={size // 4}") as disk:  # room for a part of the model alone
             failed = train(disk / "run", "--save_strategy", "no")
             assert failed.returncode == 2 and "Traceback" not in failed.stderr, failed.stderr
             found.append(re.search(r"train.py: error: (.*)", failed.stderr)[1].replace(str(disk), "."))
@@ -141,3 +143,55 @@ def full_disk(places: int = 6) -> dict:
             except ModelError:
                 pass
     return {"places_of_a_save": places, "and_of_the_model_folder": 1, "said": sorted(set(found))}
+
+
+# What the rows of a dataset are once decoded, as a checksum.
+DECODE = """
+import hashlib, sys
+from vit_cifar.training.data import load_split
+dataset = load_split(sys.argv[1], "train")
+print(hashlib.sha256(dataset.images.numpy()).hexdigest())
+"""
+
+
+def cache(dataset_name: str, kills: int = 10, seed: int = 0) -> dict:
+    """A cache that is half made when its process dies, that two trainings make at once, that cannot be written."""
+    moments, command = random.Random(seed), (sys.executable, "-c", DECODE, dataset_name)
+    with tempfile.TemporaryDirectory() as scratch:
+        start = monotonic()
+        whole = run(*command, HF_HOME=f"{scratch}/unbroken")
+        seconds = monotonic() - start
+        assert whole.returncode == 0, whole.stderr
+        before_the_end = 0
+        for _ in range(kills):  # all on one cache, so that each finds what the one before left
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=os.environ | {"HF_HOME": f"{scratch}/killed", "HF_HUB_OFFLINE": "1"},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            sleep(moments.uniform(0.2, 1) * seconds)
+            process.kill()
+            before_the_end += process.wait() == -signal.SIGKILL
+        again = run(*command, HF_HOME=f"{scratch}/killed")
+        assert again.returncode == 0 and again.stdout == whole.stdout, again.stderr
+
+        smoke = [sys.executable, "train.py", "--recipe", "smoke", "--output_dir"]
+        both = [
+            subprocess.Popen(
+                [*smoke, f"{scratch}/{name}"],
+                cwd=ROOT,
+                env=os.environ | {"HF_HOME": f"{scratch}/shared", "HF_HUB_OFFLINE": "1"},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            for name in ("first", "second")
+        ]
+        assert [process.wait() for process in both] == [0, 0]
+        with small_disk(Path(scratch, "read_only"), "ro") as home:
+            third = run(*smoke, f"{scratch}/third", HF_HOME=str(home))
+            assert third.returncode == 0 and "the cache cannot be written" in third.stdout, third.stderr
+        weights = {weights_sha256(Path(scratch, name)) for name in ("first", "second", "third")}
+        assert len(weights) == 1
+    return {"killed_while_decoding": before_the_end, "trained_at_once": 2, "trained_on_a_read_only_cache": 1}

@@ -1,13 +1,17 @@
 """The page: a picture in, the answer out, and below them the tabs that say where the model looked."""
 
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
 import gradio as gr
+import torch
+from starlette.middleware import Middleware
 
 from ..images import ImageError, open_image
 from . import tabs
-from .views import Subject, caution, open_upload, probabilities, to_picture
+from .guard import UPLOAD_BYTES, Guard, keep_small, own_cache
+from .views import Subject, caution, load_subjects, open_upload, probabilities, to_picture
 
 ASSETS = Path(__file__).parent / "assets"
 EXAMPLES = ASSETS / "examples"
@@ -30,16 +34,35 @@ LAUNCH_OPTIONS = {
     "footer_links": [],
     "run_history": False,
     "enable_monitoring": False,
-    "max_file_size": "20mb",
+    "max_file_size": UPLOAD_BYTES,
     "ssr_mode": False,
+    "app_kwargs": {"middleware": [Middleware(Guard)]},
+    "state_session_capacity": 1000,  # gradio keeps a whole page for each, 10,000 of them otherwise
 }
+
+
+def serve(model: str | None) -> None:
+    """The page of this model, or of every model in the checkout, until the process is stopped.
+
+    Raises:
+        ModelError: there is no such model.
+    """
+    # One picture is too little work to share: threads that wait for each other made it slower, ten times so on a
+    # machine that does something else as well.
+    torch.set_num_threads(1)
+    subjects = load_subjects(model)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the cache would stay
+    with own_cache() as folder:
+        page = build_page(subjects)
+        keep_small(folder, page)
+        page.launch(**LAUNCH_OPTIONS)
 
 
 def build_page(subjects: Sequence[Subject]) -> gr.Blocks:
     """The page, ready for `.launch(**LAUNCH_OPTIONS)`: the first model at its root, each other one a link away."""
     first, *others = subjects
     title = "Where they look" if others else _title(first)  # a page of several models has one for all
-    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+    with gr.Blocks(title=title, analytics_enabled=False) as page:
         if others:
             gr.Navbar(main_page_name=first.name)
         _show(first)
@@ -47,7 +70,9 @@ def build_page(subjects: Sequence[Subject]) -> gr.Blocks:
         with page.route(subject.name, f"model-{number}"):
             gr.Navbar(main_page_name=first.name)
             _show(subject)
-    return page.queue(max_size=32, api_open=False)
+    page.queue(max_size=32, api_open=False)
+    page._queue.ANALYTICS_MAX_EVENTS = 1  # gradio keeps 10,000 events, and sums them up anew after each
+    return page
 
 
 def _title(subject: Subject) -> str:
@@ -94,7 +119,7 @@ def _show(subject: Subject) -> None:
     state = gr.State(start.pixel_values)  # (1, 3, H, W); a browser's tab keeps no more
     with gr.Tabs():
         maps = tabs.methods(subject, state, start)
-        parts = [tabs.layers_and_heads(subject, start), tabs.hide_patches(subject, state)]
+        parts = [tabs.layers_and_heads(subject, start), tabs.hide_patches(subject, state, start)]
         tabs.mistakes(subject)
 
     outputs = [source, answer, word, pixels, state]
@@ -131,7 +156,6 @@ def _show(subject: Subject) -> None:
     ]
     for button in examples:
         icon = button.icon["path"]
-        button.keep_in_cache.add(icon)  # or delete_cache takes the icons away after an hour
         events.append(
             button.click(
                 lambda *choices, icon=icon: predict({"path": icon}, *choices),
@@ -143,7 +167,7 @@ def _show(subject: Subject) -> None:
         )
     events.append(source.clear(lambda: empty, None, outputs, api_visibility="private", **options))
     for event in list(events):
-        # No answer to an earlier picture stays beside one that cannot be read.
-        events.append(event.failure(lambda: empty, None, outputs, api_visibility="private", **options))
+        # No answer to an earlier picture stays beside one that cannot be read, or that found the queue full.
+        events.append(event.failure(lambda: empty, None, outputs, queue=False, api_visibility="private", **options))
     for event in events:  # an empty page too, or the browser may put a slow map there that was under way
         maps.follow(event)

@@ -140,7 +140,7 @@ def layers_and_heads(subject: Subject, start: Look) -> Tab:
     return Tab([strip], lambda seen: [views.strip(subject, seen)])
 
 
-def hide_patches(subject: Subject, state: gr.State) -> Tab:
+def hide_patches(subject: Subject, state: gr.State, start: Look) -> Tab:
     """Patches to hide by click or by keyboard."""
     rows, columns = subject.grid
 
@@ -157,7 +157,7 @@ def hide_patches(subject: Subject, state: gr.State) -> Tab:
         patches = sorted([*patches, views.most_important(subject, pixel_values, patches)])
         return patches, *hide(pixel_values, patches)
 
-    def start(pixel_values: torch.Tensor | None) -> tuple:
+    def show_all(pixel_values: torch.Tensor | None) -> tuple:
         return [], *hide(pixel_values, [])
 
     with gr.Tab("Hide patches"), gr.Row(elem_id="hide"):
@@ -166,7 +166,7 @@ def hide_patches(subject: Subject, state: gr.State) -> Tab:
             for row in range(rows)
             for column in range(columns)
         ]
-        _, chances, picture, words = start(state.value)
+        chances, picture, words = views.nothing_hidden(subject, start)
         with gr.Column():
             said = gr.Markdown(words)
             one_more = gr.Button("Hide the patch it looks at most", size="sm")
@@ -186,8 +186,8 @@ def hide_patches(subject: Subject, state: gr.State) -> Tab:
     options = {"show_progress": "hidden", "trigger_mode": "always_last", "concurrency_id": "picture"}
     cells.input(hide, [state, cells], shown, api_name="hide", **options)
     one_more.click(hide_next, [state, cells], [cells, *shown], api_visibility="private", **options)
-    none.click(start, state, [cells, *shown], api_visibility="private", **options)
-    return Tab([cells, *shown], lambda seen: list(start(seen.pixel_values)))
+    none.click(show_all, state, [cells, *shown], api_visibility="private", **options)
+    return Tab([cells, *shown], lambda seen: [[], *views.nothing_hidden(subject, seen)])
 
 
 def mistakes(subject: Subject) -> None:

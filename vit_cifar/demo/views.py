@@ -78,6 +78,13 @@ class Subject:
         return f"score {score:.2f}" + ("" if passes else ", but alike on random weights")
 
 
+class Quick(Image.Image):
+    """Its PNG takes half the time, a tenth of a prediction, and up to a quarter more bytes."""
+
+    def save(self, *args: object, **options: object) -> None:
+        super().save(*args, **{"compress_level": 1} | options)
+
+
 def load_subjects(name: str | None) -> list[Subject]:
     """The model of this name; without one, every model of the checkout, the default first.
 
@@ -119,7 +126,7 @@ def to_picture(image: torch.Tensor, said: dict[str, str] | None = None, times: i
     picture = F.to_pil_image((image * 255).round().byte())
     times = times or max(1, PICTURE_SIZE // max(picture.size))
     picture = picture.resize((times * picture.width, times * picture.height), Image.Resampling.NEAREST)
-    picture.info = said or {}
+    picture.info, picture.__class__ = said or {}, Quick
     return picture
 
 
@@ -171,6 +178,7 @@ def strip(subject: Subject, seen: Look) -> Image.Image:
         draw.text((margin + column * (side + gap) + side // 2, margin // 2), label, "black", font, anchor="mm")
     for row in range(layers):
         draw.text((margin // 2, margin + row * (side + gap) + side // 2), str(row + 1), "black", font, anchor="mm")
+    sheet.__class__ = Quick
     sheet.info = {"model": subject.name, "method": "attention", "layer": f"1 to {layers}", "head": "mean and each"}
     return sheet
 
@@ -186,13 +194,26 @@ def hidden(
     before, after = (
         probabilities(subject, logits) for logits in subject.model(torch.cat([pixel_values, covered])).logits
     )
-    answer = max(before, key=before.get)
-    said = f"{len(patches)} of {gone.numel()} patches hidden: **{answer}** {before[answer]:.0%} → {after[answer]:.0%}"
-    return (
-        after,
-        to_picture(subject.seen(covered)[0], {"model": subject.name, "hidden patches": str(list(patches))}),
-        said,
-    )
+    return _hidden(subject, covered, patches, before, after)
+
+
+def nothing_hidden(subject: Subject, seen: Look) -> tuple[dict[str, float], Image.Image, str]:
+    """The same for no patches, without asking the model again."""
+    chances = probabilities(subject, seen.logits[0])
+    return _hidden(subject, seen.pixel_values, [], chances, chances)
+
+
+def _hidden(
+    subject: Subject,
+    covered: torch.Tensor,
+    patches: Sequence[int],
+    before: dict[str, float],
+    after: dict[str, float],
+) -> tuple[dict[str, float], Image.Image, str]:
+    answer, (rows, columns) = max(before, key=before.get), subject.grid
+    said = f"{len(patches)} of {rows * columns} patches hidden: **{answer}** {before[answer]:.0%} → {after[answer]:.0%}"
+    picture = to_picture(subject.seen(covered)[0], {"model": subject.name, "hidden patches": str(list(patches))})
+    return after, picture, said
 
 
 def score_words(subject: Subject) -> str:

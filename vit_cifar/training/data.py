@@ -1,8 +1,11 @@
 """`datasets` rows, decoded once into a uint8 tensor that is cached on disk; seeded splits; access by batch."""
 
+import atexit
+import errno
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +90,15 @@ def load_rows(dataset_name: str) -> datasets.DatasetDict:
     """
     source = str(SAMPLE_FOLDER) if dataset_name == SAMPLE_NAME else dataset_name
     try:
-        return datasets.load_dataset(source)
+        try:
+            return datasets.load_dataset(source)
+        except OSError as error:
+            if error.errno not in (errno.EROFS, errno.EACCES):
+                raise
+            folder = tempfile.mkdtemp()
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
+            print(f"the cache cannot be written ({error}): {folder} takes its place until this process ends")
+            return datasets.load_dataset(source, cache_dir=folder)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if "corresponds to no data" in reason:  # what `datasets` says of a split without rows

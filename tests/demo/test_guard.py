@@ -1,0 +1,97 @@
+import os
+import time
+from pathlib import Path
+
+import pytest
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+from starlette.testclient import TestClient
+
+from vit_cifar.demo.guard import JSON_BYTES, UPLOAD_BYTES, Guard, allowed, own_cache, trim
+
+
+@pytest.fixture(scope="module")
+def client():
+    async def count(request: Request) -> PlainTextResponse:
+        return PlainTextResponse(str(len(await request.body())))
+
+    app = Starlette(routes=[Route("/{path:path}", count, methods=["GET", "POST"])], middleware=[Middleware(Guard)])
+    return TestClient(app)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize(
+    ("path", "limit"), [("/gradio_api/queue/join", JSON_BYTES), ("/gradio_api/upload", UPLOAD_BYTES + JSON_BYTES)]
+)
+def test_a_body_over_the_limit_is_refused(client, path, limit, chunked):
+    for size in (limit, limit + 1):
+        body = bytes(size)
+        half = size // 2
+        answer = client.post(path, content=iter([body[:half], body[half:]]) if chunked else body)
+        if size == limit:
+            assert (answer.status_code, answer.text) == (200, str(size))
+        else:
+            assert answer.status_code == 413 and f"expected at most {limit:,} bytes" in answer.text
+
+
+def test_a_large_body_is_not_read_to_its_end(client):
+    read = []
+
+    def body():
+        for number in range(1000):
+            read.append(number)
+            yield bytes(JSON_BYTES)
+
+    assert client.post("/gradio_api/run/predict", content=body()).status_code == 413
+    assert client.get("/gradio_api/info").headers["x-content-type-options"] == "nosniff"
+
+
+@pytest.mark.parametrize("path", ["", "model-2", "config", "assets/x.js", "gradio_api/queue/join", "gradio_api/info"])
+def test_what_the_page_asks_for_is_let_through(client, path):
+    assert allowed(path) and client.get(f"/{path}").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("gradio_api/proxy=http://127.0.0.1/", "gradio_api/file=http://127.0.0.1/x", "gradio_api/file=HTTPS://x"),
+        *("gradio_api/file/http://127.0.0.1/", "gradio_api/vibe-edit", "gradio_api/process_recording", "gradio_api"),
+        *("gradio_api/component_server", "login", "login/", "logout", "monitoring/summary", "gradio_api/runs"),
+    ],
+)
+def test_what_it_has_no_use_for_is_refused(client, path):
+    assert client.post(f"/{path}").status_code == client.get(f"/{path}").status_code == 403
+
+
+def test_files_of_the_page_are_let_through():
+    assert allowed("gradio_api/file=/tmp/gradio/a/dog.png") and allowed("gradio_api/file=C:/a/http.png")
+
+
+def write(path: Path, size: int, seconds_ago: float) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(bytes(size))
+    os.utime(path, (time.time() - seconds_ago,) * 2)
+    return path
+
+
+def test_the_oldest_files_go_first(tmp_path):
+    first, *others = [write(tmp_path / str(n) / "x.png", 100, seconds_ago=50 - n) for n in range(5)]
+    half = write(tmp_path / "upload", 100, seconds_ago=1)  # one that is under way
+    assert trim(tmp_path, {first}, most=600) == []
+    assert trim(tmp_path, {first}, most=350) == others[:3]
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted([first, others[3], half])
+    assert not others[0].parent.exists()
+    assert trim(tmp_path, {first}, most=600, oldest=20) == [others[3]]  # however few there are
+    assert first.exists() and half.exists()
+
+
+def test_a_cache_of_its_own_is_gone_afterwards(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    another = write(tmp_path / "another program's.png", 100, seconds_ago=1e6)
+    with own_cache() as folder:
+        assert os.environ["GRADIO_TEMP_DIR"] == str(folder) and folder.parent == tmp_path
+        write(folder / "1" / "x.png", 100, seconds_ago=1e6)
+    assert list(tmp_path.iterdir()) == [another]
