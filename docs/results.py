@@ -108,6 +108,32 @@ def page() -> str:
     return PAGE["words"](json.loads(PAGE["RECORD"].read_text()))
 
 
+def faults() -> str:
+    """What came of each fault that was tried at full size, as Markdown."""
+    rows = ["| what | what came out | command |", "|---|---|---|"]
+    for name, row in json.loads((ROOT / "docs" / "faults.json").read_text()).items():
+        rows.append(f"| {name.replace('_', ' ')} | {'; '.join(_said(row['figures']))} | `{row['command']}` |")
+    return "\n".join(rows)
+
+
+def _said(figures: dict) -> list[str]:
+    """Figures by their names; libraries' versions stay in the record."""
+    said = []
+    for name, value in figures.items():
+        name = name.replace("_", " ")
+        if isinstance(value, dict):
+            said += [f"{name}: {', '.join(_said(value))}"] if name != "versions" else []
+        elif isinstance(value, list):
+            said.append(f"{name}: {', '.join(value) or 'none'}")
+        else:
+            said.append(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}")
+    return said
+
+
+def fill_security(page: str) -> str:
+    return fill_tables(page, "docs/results.py", {"faults": faults()})
+
+
 def fill(readme: str) -> str:
     tables = {
         "results": results(),
@@ -122,6 +148,8 @@ def fill(readme: str) -> str:
 def main() -> None:
     readme = ROOT / "README.md"
     readme.write_text(fill(readme.read_text()))
+    security = ROOT / "SECURITY.md"
+    security.write_text(fill_security(security.read_text()))
     for folder in BUNDLED_MODELS.iterdir():
         model_card(folder, f"your-name/{folder.name}").save(folder / CARD_NAME)
         card_picture(folder, read_examination(folder)).savefig(folder / PICTURE_NAME, dpi=110)

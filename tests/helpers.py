@@ -1,6 +1,7 @@
 """Functions that tests share."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -22,6 +23,11 @@ def skip_or_fail(reason: str) -> None:
     if os.environ.get("CI") == "true":
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+def copy_to_change(model_folder: Path, target: Path) -> Path:
+    """A copy whose files a test may change: without the checksums that would tell."""
+    return shutil.copytree(model_folder, target, ignore=shutil.ignore_patterns("SHA256SUMS"))
 
 
 def run(*command: object, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:

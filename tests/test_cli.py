@@ -83,6 +83,7 @@ def test_examine_leaves_its_record_beside_the_weights(smoke_folder, tmp_path):
     assert found.record["images"] == {"validation": trained["dataset"]["images"]["validation"], "test": 200}
     assert f"test accuracy {trained['test_accuracy']:.2%}" in answer.stdout
     assert len(found.record["maps"]["methods"]["rollout"]["deletion"]) == 17
+    load_model(str(folder))  # its checksums are those of the new files
 
 
 def test_users_errors_are_one_line_and_exit_code_2(images, tiny_model_folder, tmp_path):

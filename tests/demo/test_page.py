@@ -175,6 +175,12 @@ def test_another_layer_or_head_redraws_without_an_upload(subject, client):
         assert not close(drawn[first][0], drawn[second][0]) and not close(drawn[first][1], drawn[second][1])
 
 
+def test_a_session_that_gradio_has_forgotten_is_not_shown_another_picture(client):
+    """It starts anew, as this one does, without opening the page again."""
+    assert all(not value for value in client.predict("", 1, "mean", api_name="/redraw"))
+    assert all(not value for value in client.predict([3], api_name="/hide"))
+
+
 def test_the_class_changes_what_is_explained(client):
     path = EXAMPLES / "ship.png"
     predict(client, path)

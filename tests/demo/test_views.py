@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
+from helpers import copy_to_change
 from PIL import Image
 
 from vit_cifar.demo import views
@@ -177,7 +178,7 @@ def test_scores_are_the_examinations(subject):
 
 
 def test_an_examination_of_other_weights_is_left_out_and_named(tmp_path, capsys, tiny_model_folder):
-    folder = shutil.copytree(BUNDLED_MODELS / DEFAULT_MODEL, tmp_path / "mixed")
+    folder = copy_to_change(BUNDLED_MODELS / DEFAULT_MODEL, tmp_path / "mixed")
     shutil.copy(tiny_model_folder / "model.safetensors", folder)
     shutil.copy(tiny_model_folder / "config.json", folder)
     (mixed,) = load_subjects(str(folder))

@@ -23,6 +23,8 @@ RESULTS = runpy.run_path(str(ROOT / "docs" / "results.py"))
 def test_readmes_results_are_the_records():
     readme = (ROOT / "README.md").read_text()
     assert RESULTS["fill"](readme) == readme, "python docs/results.py fills README again"
+    security = (ROOT / "SECURITY.md").read_text()
+    assert RESULTS["fill_security"](security) == security, "python docs/results.py fills SECURITY.md again"
     rows = RESULTS["runs"]()
     assert len(rows) >= 8
     for found in rows.values():

@@ -2,14 +2,17 @@
 
 python -m tests.faults           # every row, about an hour; nothing else should run meanwhile
 python -m tests.faults images    # one of them
+
+CIFAR10_DATASET names a local folder with the real dataset, which `cache` decodes.
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.faults import environment, images, page
+from tests.faults import environment, images, page, training
 from vit_cifar.evaluation import records
 
 ROOT = Path(__file__).parents[2]
@@ -17,12 +20,15 @@ RECORD = ROOT / "docs" / "faults.json"
 # Each raises AssertionError if anything is not as SECURITY.md promises, and returns its figures.
 ROWS: dict[str, Callable[[], dict]] = {
     "images": images.decode,
-    "offline": environment.offline,
-    "dependencies": environment.dependencies,
     "http": page.http,
     "load": page.load,
     "users": page.users,
     "network": page.network,
+    "kill": training.kill,
+    "full_disk": training.full_disk,
+    "cache": lambda: training.cache(os.environ["CIFAR10_DATASET"]),
+    "offline": environment.offline,
+    "dependencies": environment.dependencies,
 }
 
 

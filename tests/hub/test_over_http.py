@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, new_environment, open_when_served, run
+from helpers import ROOT, copy_to_change, new_environment, open_when_served, run
 from loopback_hub import LoopbackHub
 from safetensors.torch import load_file, save_file
 
@@ -127,7 +127,7 @@ def test_push_to_a_branch_and_private(hub, tmp_path):
 
 @pytest.mark.parametrize("how", ["NaN", "another accuracy", "another answer"])
 def test_nothing_is_uploaded_of_what_is_refused(hub, tmp_path, how, smoke_folder, monkeypatch):
-    folder = shutil.copytree(smoke_folder, tmp_path / "run")
+    folder = copy_to_change(smoke_folder, tmp_path / "run")
     weights, record = load_file(folder / "model.safetensors"), read_record(folder)
     if how == "NaN":
         weights["classifier.bias"].fill_(float("nan"))

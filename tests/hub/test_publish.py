@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import run
+from helpers import copy_to_change, run
 from safetensors.torch import load_file, save_file
 
 from vit_cifar.errors import UserError
@@ -22,7 +22,7 @@ REPO_ID = "user/name"
 
 @pytest.fixture
 def model_dir(tmp_path: Path) -> Path:
-    return shutil.copytree(NANO, tmp_path / "nano")
+    return copy_to_change(NANO, tmp_path / "nano")
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_what_is_built_is_checked_and_kept(tmp_path):
     names = {path.name for path in (tmp_path / "built").iterdir()}
     assert names == {
         *("README.md", "config.json", "model.safetensors", "preprocessor_config.json", "training_record.json"),
-        *("configuration_vit_cifar.py", "modeling_vit_cifar.py"),
+        *("configuration_vit_cifar.py", "modeling_vit_cifar.py", "SHA256SUMS"),
         *("examination.json", "mistakes.parquet", "overlays.png"),
     }
     for name in ("model.safetensors", "training_record.json"):
@@ -113,6 +113,7 @@ def test_a_folder_that_is_taken_is_left_alone(tmp_path):
 
 def test_remote_code_that_answers_otherwise_is_refused(built):
     assert "differ by at most" in check_as_stranger(built)
+    (built / "SHA256SUMS").unlink()
     path = built / "modeling_vit_cifar.py"
     code = path.read_text()
     path.write_text(code.replace("self.scaling = self.head_dim**-0.5", "self.scaling = 1.0"))
@@ -142,7 +143,7 @@ def test_a_card_that_is_not_the_records_is_refused(built, old, new, message):
 
 
 def test_a_record_that_the_dataset_contradicts_is_refused(smoke_folder, tmp_path):
-    folder = shutil.copytree(smoke_folder, tmp_path / "run")
+    folder = copy_to_change(smoke_folder, tmp_path / "run")
     assert "as the record says" in check_accuracy(folder, None)  # `sample` travels with the package
     record = read_record(folder)
     (folder / RECORD_NAME).write_text(json.dumps(record | {"test_accuracy": record["test_accuracy"] + 0.01}))

@@ -65,11 +65,11 @@ def build_page(subjects: Sequence[Subject]) -> gr.Blocks:
     with gr.Blocks(title=title, analytics_enabled=False) as page:
         if others:
             gr.Navbar(main_page_name=first.name)
-        _show(first)
+        _show(page, first)
     for number, subject in enumerate(others, start=2):
         with page.route(subject.name, f"model-{number}"):
             gr.Navbar(main_page_name=first.name)
-            _show(subject)
+            _show(page, subject)
     page.queue(max_size=32, api_open=False)
     page._queue.ANALYTICS_MAX_EVENTS = 1  # gradio keeps 10,000 events, and sums them up anew after each
     return page
@@ -79,7 +79,7 @@ def _title(subject: Subject) -> str:
     return f"Where {subject.name} looks"
 
 
-def _show(subject: Subject) -> None:
+def _show(page: gr.Blocks, subject: Subject) -> None:
     """One model's page. Letters in shapes as in the model file."""
     config, (rows, columns) = subject.model.config, subject.grid
     start = subject.look(subject.pixels(open_image(EXAMPLES / FIRST_EXAMPLE)))
@@ -116,7 +116,10 @@ def _show(subject: Subject) -> None:
         with gr.Column(elem_id="answer"):
             answer = gr.Label(chances, label="What it says", num_top_classes=10)
             word = gr.Markdown(caution(subject, chances))
-    state = gr.State(start.pixel_values)  # (1, 3, H, W); a browser's tab keeps no more
+    # (1, 3, H, W); a browser's tab keeps no more. It is set when the page is opened, because gradio starts a session that
+    # it has forgotten with the value given here: this picture's maps beside the visitor's own picture.
+    state = gr.State()
+    page.load(lambda: start.pixel_values, None, state, queue=False, api_visibility="private")
     with gr.Tabs():
         maps = tabs.methods(subject, state, start)
         parts = [tabs.layers_and_heads(subject, start), tabs.hide_patches(subject, state, start)]
