@@ -10,6 +10,7 @@ from transformers import pipeline
 from vit_cifar.evaluation.examination import read_examination
 from vit_cifar.evaluation.metrics import evaluate
 from vit_cifar.evaluation.records import read_record
+from vit_cifar.images import MAX_DECODED_PIXELS
 from vit_cifar.models import load_model
 from vit_cifar.training.data import load_split
 
@@ -92,7 +93,10 @@ def test_users_errors_are_one_line_and_exit_code_2(images, tiny_model_folder, tm
     Image.new("1", (10_000, 10_000)).save(tmp_path / "huge.png")
     for arguments, message in (
         (["predict", text, "--model", tiny_model_folder], "expected an image"),
-        (["predict", tmp_path / "huge.png", "--model", tiny_model_folder], "expected at most 50,000,000 pixels"),
+        (
+            ["predict", tmp_path / "huge.png", "--model", tiny_model_folder],
+            f"expected at most {MAX_DECODED_PIXELS:,} pixels",
+        ),
         (["predict", images[0], tmp_path / "nothing.png", "--model", tiny_model_folder], "no such file"),
         (["predict", images[0], "--model", tmp_path / "nowhere"], "no such folder"),
         (["evaluate", tiny_model_folder, "--dataset_name", tmp_path / "nowhere"], "dataset_name: expected"),

@@ -156,7 +156,7 @@ def test_a_finished_training_is_not_overwritten(smoke_folder):
         (["--attn_implementation", "magic"], "magic"),
         (["--attn_implementation", "flash_attention_2"], "FlashAttention2"),
         (["--report_to", "tensorbord"], "tensorbord"),
-        (["--resume_from_checkpoint", "nowhere"], "resume_from_checkpoint: expected a whole checkpoint, got nowhere"),
+        (["--resume_from_checkpoint", "nowhere"], "resume_from_checkpoint: nowhere: expected a SHA256SUMS"),
         (["--resume_from_checkpoint"], "resume_from_checkpoint: expected a whole checkpoint"),
     ],
 )
