@@ -121,8 +121,10 @@ def _said(figures: dict) -> list[str]:
     said = []
     for name, value in figures.items():
         name = name.replace("_", " ")
+        if name == "versions":
+            continue
         if isinstance(value, dict):
-            said += [f"{name}: {', '.join(_said(value))}"] if name != "versions" else []
+            said.append(f"{name}: {', '.join(_said(value))}")
         elif isinstance(value, list):
             said.append(f"{name}: {', '.join(value) or 'none'}")
         else:

@@ -70,7 +70,8 @@ def build_page(subjects: Sequence[Subject]) -> gr.Blocks:
         with page.route(subject.name, f"model-{number}"):
             gr.Navbar(main_page_name=first.name)
             _show(page, subject)
-    page.queue(max_size=32, api_open=False)
+    # By the second, because otherwise each event is told to everyone who waits: a quarter of the work under load.
+    page.queue(max_size=32, api_open=False, status_update_rate=1)
     page._queue.ANALYTICS_MAX_EVENTS = 1  # gradio keeps 10,000 events, and sums them up anew after each
     return page
 
@@ -116,8 +117,8 @@ def _show(page: gr.Blocks, subject: Subject) -> None:
         with gr.Column(elem_id="answer"):
             answer = gr.Label(chances, label="What it says", num_top_classes=10)
             word = gr.Markdown(caution(subject, chances))
-    # (1, 3, H, W); a browser's tab keeps no more. It is set when the page is opened, because gradio starts a session that
-    # it has forgotten with the value given here: this picture's maps beside the visitor's own picture.
+    # (1, 3, H, W); a browser's tab keeps no more. It is set when the page is opened, because gradio starts a session
+    # that it has forgotten with the value given here: this picture's maps beside the visitor's own picture.
     state = gr.State()
     page.load(lambda: start.pixel_values, None, state, queue=False, api_visibility="private")
     with gr.Tabs():
