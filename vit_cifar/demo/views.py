@@ -78,6 +78,13 @@ class Subject:
         return f"score {score:.2f}" + ("" if passes else ", but alike on random weights")
 
 
+class Quick(Image.Image):
+    """Its PNG takes half the time, a sixth of a prediction, and up to a quarter more bytes; gradio leaves no choice."""
+
+    def save(self, *args: object, **options: object) -> None:
+        super().save(*args, **{"compress_level": 1} | options)
+
+
 def load_subjects(name: str | None) -> list[Subject]:
     """The model of this name; without one, every model of the checkout, the default first.
 
@@ -119,7 +126,7 @@ def to_picture(image: torch.Tensor, said: dict[str, str] | None = None, times: i
     picture = F.to_pil_image((image * 255).round().byte())
     times = times or max(1, PICTURE_SIZE // max(picture.size))
     picture = picture.resize((times * picture.width, times * picture.height), Image.Resampling.NEAREST)
-    picture.info = said or {}
+    picture.info, picture.__class__ = said or {}, Quick
     return picture
 
 
@@ -171,6 +178,7 @@ def strip(subject: Subject, seen: Look) -> Image.Image:
         draw.text((margin + column * (side + gap) + side // 2, margin // 2), label, "black", font, anchor="mm")
     for row in range(layers):
         draw.text((margin // 2, margin + row * (side + gap) + side // 2), str(row + 1), "black", font, anchor="mm")
+    sheet.__class__ = Quick
     sheet.info = {"model": subject.name, "method": "attention", "layer": f"1 to {layers}", "head": "mean and each"}
     return sheet
 
