@@ -18,6 +18,7 @@ MAX_PIXELS = 50_000_000  # of a JPEG that can be decoded at reduced size, as cam
 MAX_DECODED_PIXELS = 13_000_000
 MAX_SIDE = 65_535
 MAX_READS = 250_000
+MAX_SCANS = 1_000  # of a progressive JPEG; ten are usual
 # What Pillow raises, depending on format and damage, where a file is not an image.
 UNREADABLE = (
     *(OSError, ValueError, TypeError, SyntaxError, EOFError, ArithmeticError, LookupError, struct.error),
@@ -53,7 +54,9 @@ def _decoded(file: BinaryIO, name: str) -> Image.Image:
         with Image.open(_Patience(file), formats=FORMATS) as image:
             width, height = image.size
             if width * height > (limit := _most_pixels(image)) or max(image.size) > MAX_SIDE:
-                raise ImageError(f"{name}: expected at most {limit:,} pixels, got {width} x {height}")
+                raise ImageError(
+                    f"{name}: expected at most {limit:,} pixels, {MAX_SIDE:,} a side, got {width} x {height}"
+                )
             image.draft("RGB", (SHORTER_SIDE, SHORTER_SIDE))
             image.load()
             rgb = _to_small_rgb(image)
@@ -108,6 +111,8 @@ def _scans(file: BinaryIO) -> int:
     marker = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")  # neither a stuffed byte nor a restart
     while (found := marker.search(content, position)) and found[1] != b"\xd9":
         scans += found[1] == b"\xda"
+        if scans > MAX_SCANS:
+            raise ValueError(f"expected at most {MAX_SCANS} scans")
         position = found.end() + int.from_bytes(content[found.end() : found.end() + 2])
     return scans
 

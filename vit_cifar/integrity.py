@@ -5,13 +5,16 @@ SHA256SUMS has the format of `sha256sum --check`. It finds damage, not forgery: 
 
 import hashlib
 import os
+from fnmatch import fnmatch
 from pathlib import Path
 
 from .errors import UserError
 
 SUMS_NAME = "SHA256SUMS"
 LAST_LINE = "# end"  # a comment to sha256sum; without it the list itself is cut
-READ_BY_PEOPLE = (".md", ".png")  # a card may be edited on the Hub
+# What programs read of a model folder and, beside that, of a checkpoint. Not the card, which may be edited on the Hub.
+MODEL_FILES = ("*.json", "*.py", "model.safetensors", "mistakes.parquet")
+CHECKPOINT_FILES = ("*.pt", "*.pth", "*.bin")
 
 
 class DamageError(UserError):
@@ -22,13 +25,12 @@ def write_checksums(folder: str | Path) -> None:
     """SHA256SUMS of the files in a folder that programs read, all of which are on the disk before it is."""
     folder, lines = Path(folder), []
     for path in sorted(folder.iterdir()):
-        if not path.is_file() or path.name.startswith((".", SUMS_NAME)) or path.suffix in READ_BY_PEOPLE:
-            continue
-        with path.open("rb") as file:
-            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}")
-            os.fsync(file.fileno())
+        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in MODEL_FILES + CHECKPOINT_FILES):
+            with path.open("rb") as file:
+                lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}")
+                os.fsync(file.fileno())
     part = folder / f".{SUMS_NAME}.part"
-    with part.open("w") as file:
+    with part.open("w", newline="\n") as file:
         file.write("\n".join([*lines, LAST_LINE]) + "\n")
         file.flush()
         os.fsync(file.fileno())
@@ -36,22 +38,23 @@ def write_checksums(folder: str | Path) -> None:
 
 
 def check_checksums(folder: str | Path) -> None:
-    """Raises DamageError unless every file in SHA256SUMS, which has to be there, is what it was."""
+    """Raises DamageError unless every file in SHA256SUMS, which has to be there, can be read and is what it was."""
     folder = Path(folder)
     try:
         *lines, last_line = (folder / SUMS_NAME).read_text().splitlines()
         expected = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
         whole = last_line == LAST_LINE
+        damaged = [name for name, digest in expected.items() if _digest(folder / name) != digest]
     except FileNotFoundError as error:
         raise DamageError(f"{folder}: expected a {SUMS_NAME}, which is written last, got none") from error
+    except OSError as error:
+        raise DamageError(f"{folder}: expected files that can be read, got {error}") from error
     except ValueError:  # not text, or not of these lines
         whole = False
-    damaged = [name for name, digest in expected.items() if _digest(folder / name) != digest] if whole else [SUMS_NAME]
+    if not whole:
+        damaged = [SUMS_NAME]
     if damaged:
-        raise DamageError(
-            f"{folder}: expected the files that were written here, got others: {', '.join(damaged)} "
-            f"(see {SUMS_NAME}; delete it if you changed them yourself)"
-        )
+        raise DamageError(f"{folder}: expected the files that {SUMS_NAME} lists, got others: {', '.join(damaged)}")
 
 
 def _digest(path: Path) -> str | None:

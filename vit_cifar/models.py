@@ -10,7 +10,7 @@ from transformers import AutoConfig, ViTImageProcessor
 
 from .configuration_vit_cifar import ViTCifarConfig
 from .errors import UserError
-from .integrity import SUMS_NAME, DamageError, check_checksums, newest_whole_checkpoint
+from .integrity import MODEL_FILES, SUMS_NAME, DamageError, check_checksums, newest_whole_checkpoint
 from .modeling_vit_cifar import ViTCifarForImageClassification
 
 HUB_CARD = Path(__file__).parents[1] / "hub_card"  # in a checkout, not in a wheel
@@ -99,8 +99,7 @@ def local_folder(name: str) -> Path:
             raise ModelError(f"model: expected type {ViTCifarConfig.model_type}, got {config.model_type} in {name}")
         if is_folder:
             return Path(name)
-        wanted = ["*.json", "*.py", "model.safetensors", "mistakes.parquet", SUMS_NAME]
-        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=wanted))
+        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=[*MODEL_FILES, SUMS_NAME]))
     _check(folder)
     return folder
 
@@ -114,4 +113,4 @@ def _check(folder: Path) -> None:
     except DamageError as error:
         newest, _ = newest_whole_checkpoint(folder)
         offer = f"; {newest} is whole: train.py goes on from it with --resume_from_checkpoint" if newest else ""
-        raise ModelError(f"model: {error}{offer}") from error
+        raise ModelError(f"model: {error} (if you changed them yourself, delete that list){offer}") from error

@@ -3,7 +3,6 @@
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from safetensors.torch import load_file
 
 from tests.helpers import ROOT, run, skip_or_fail
 from vit_cifar.evaluation.records import weights_sha256
-from vit_cifar.integrity import check_checksums, newest_whole_checkpoint
+from vit_cifar.integrity import check_checksums, checkpoints, newest_whole_checkpoint
 from vit_cifar.models import ModelError, load_model
 
 SMOKE = ("--recipe", "smoke", "--num_train_epochs", "20")
@@ -84,9 +83,7 @@ def kill(times: int = 20, seed: int = 0) -> dict:
         inside = 0
         for number in range(times):
             kind, moment = ("event", moments.randint(1, 60)) if number % 2 else ("seconds", moments.uniform(0, 0.6))
-            resume = ["--resume_from_checkpoint"] if newest_whole_checkpoint(killed)[0] else []
-            if not resume:
-                shutil.rmtree(killed, ignore_errors=True)  # killed before the first checkpoint was whole
+            resume = ["--resume_from_checkpoint"] if checkpoints(killed) else []
             process = run(sys.executable, "-c", DYING, kind, moment, *SMOKE, "--output_dir", killed, *resume)
             assert process.returncode == -signal.SIGKILL, process.stderr
             inside += bool(newest_whole_checkpoint(killed)[1])
@@ -158,12 +155,16 @@ def cache(dataset_name: str, kills: int = 10, seed: int = 0) -> dict:
     """A cache that is half made when its process dies, that two trainings make at once, that cannot be written."""
     moments, command = random.Random(seed), (sys.executable, "-c", DECODE, dataset_name)
     with tempfile.TemporaryDirectory() as scratch:
-        start = monotonic()
         whole = run(*command, HF_HOME=f"{scratch}/unbroken")
-        seconds = monotonic() - start
         assert whole.returncode == 0, whole.stderr
+        shutil.rmtree(f"{scratch}/unbroken/vit_cifar")
+        start = monotonic()
+        assert run(*command, HF_HOME=f"{scratch}/unbroken").stdout == whole.stdout
+        seconds = monotonic() - start
         before_the_end = 0
         for _ in range(kills):  # all on one cache, so that each finds what the one before left
+            for complete in Path(scratch, "killed", "vit_cifar").glob("*.safetensors"):
+                complete.unlink()
             process = subprocess.Popen(
                 command,
                 cwd=ROOT,
@@ -171,7 +172,7 @@ def cache(dataset_name: str, kills: int = 10, seed: int = 0) -> dict:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
             )
-            sleep(moments.uniform(0.2, 1) * seconds)
+            sleep(moments.uniform(0.4, 1) * seconds)
             process.kill()
             before_the_end += process.wait() == -signal.SIGKILL
         again = run(*command, HF_HOME=f"{scratch}/killed")

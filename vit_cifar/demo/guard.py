@@ -89,7 +89,12 @@ def keep_small(folder: Path, page: gr.Blocks) -> None:
     def clean() -> None:
         while True:
             time.sleep(5)
-            for path in trim(folder, kept):
+            try:
+                gone = trim(folder, kept)
+            except OSError as error:  # of one file; the next round tries again
+                print(f"the cache cannot be cleaned: {error}")
+                continue
+            for path in gone:
                 for files in page.temp_file_sets:  # gradio would remember their names for ever
                     files.discard(str(path))
 

@@ -51,7 +51,8 @@ def serve(model: str | None) -> None:
     # machine that does something else as well.
     torch.set_num_threads(1)
     subjects = load_subjects(model)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the cache would stay
+    for number in (signal.SIGTERM, signal.SIGHUP):  # or the cache would stay
+        signal.signal(number, signal.default_int_handler)
     with own_cache() as folder:
         page = build_page(subjects)
         keep_small(folder, page)
@@ -120,7 +121,12 @@ def _show(page: gr.Blocks, subject: Subject) -> None:
     # (1, 3, H, W); a browser's tab keeps no more. It is set when the page is opened, because gradio starts a session
     # that it has forgotten with the value given here: this picture's maps beside the visitor's own picture.
     state = gr.State()
-    page.load(lambda: start.pixel_values, None, state, queue=False, api_visibility="private")
+    page.load(
+        lambda known: start.pixel_values if known is None else known,  # a quick visitor's picture may come first
+        *(state, state),
+        queue=False,
+        api_visibility="private",
+    )
     with gr.Tabs():
         maps = tabs.methods(subject, state, start)
         parts = [tabs.layers_and_heads(subject, start), tabs.hide_patches(subject, state, start)]

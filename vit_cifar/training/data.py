@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import datasets
@@ -95,15 +96,20 @@ def load_rows(dataset_name: str) -> datasets.DatasetDict:
         except OSError as error:
             if error.errno not in (errno.EROFS, errno.EACCES):
                 raise
-            folder = tempfile.mkdtemp()
-            atexit.register(shutil.rmtree, folder, ignore_errors=True)
-            print(f"the cache cannot be written ({error}): {folder} takes its place until this process ends")
-            return datasets.load_dataset(source, cache_dir=folder)
+            print(f"the cache cannot be written ({error}): {_stand_in()} takes its place until this process ends")
+            return datasets.load_dataset(source, cache_dir=_stand_in())
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if "corresponds to no data" in reason:  # what `datasets` says of a split without rows
             raise DataError(f"{dataset_name}: expected rows in every split, got an empty split: {reason}") from error
         raise DataError(f"dataset_name: expected a dataset on the Hub or a folder, got {source!r}: {reason}") from error
+
+
+@cache
+def _stand_in() -> str:
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def load_split(

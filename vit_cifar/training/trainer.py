@@ -23,7 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..errors import UserError
-from ..integrity import DamageError, check_checksums, newest_whole_checkpoint, write_checksums
+from ..integrity import SUMS_NAME, DamageError, check_checksums, checkpoints, newest_whole_checkpoint, write_checksums
 from .arguments import RecipeArguments
 from .augmentation import Augmentation
 from .data import ImageDataset, keep_batch, normalize
@@ -200,8 +200,10 @@ class ViTCifarTrainer(Trainer):
             self.accelerator.wait_for_everyone()  # each process has its own random state to save
             if self.args.should_save:
                 write_checksums(folder)
+            self.accelerator.wait_for_everyone()  # from here on each may read it
         except (OSError, RuntimeError, SafetensorError) as error:  # as torch, json and safetensors say "disk full"
-            shutil.rmtree(folder, ignore_errors=True)
+            if self.args.should_save and not (folder / SUMS_NAME).is_file():
+                shutil.rmtree(folder, ignore_errors=True)
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise TrainingError(f"{folder}: cannot be written: {reason}; {self._newest_whole_checkpoint()}") from error
         finally:
@@ -211,7 +213,7 @@ class ViTCifarTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         """Trainer's, of a checkpoint that is what it was."""
-        check_checksums(self.state.best_model_checkpoint)
+        check_best(self.state)
         super()._load_best_model()
 
     def _newest_whole_checkpoint(self) -> str:
@@ -259,6 +261,10 @@ def find_checkpoint(args: TrainingArguments) -> tuple[str | None, int | None]:
     if wanted == "last":
         for error in damaged:
             print(f"passed over: {error}")
+        begun = checkpoints(output_dir)
+        if newest is None and begun and not any((checkpoint / SUMS_NAME).exists() for checkpoint in begun):
+            print("no checkpoint was whole yet: training starts anew")
+            return None, None
         if newest is None:
             raise TrainingError(f"resume_from_checkpoint: expected a whole checkpoint in {output_dir}, got none")
         wanted = newest
@@ -267,4 +273,18 @@ def find_checkpoint(args: TrainingArguments) -> tuple[str | None, int | None]:
     except DamageError as error:
         offer = f"; {newest} is whole" if newest else ""
         raise TrainingError(f"resume_from_checkpoint: {error}{offer}") from error
-    return str(wanted), TrainerState.load_from_json(str(Path(wanted, TRAINER_STATE_NAME))).global_step
+    state = TrainerState.load_from_json(str(Path(wanted, TRAINER_STATE_NAME)))
+    if args.load_best_model_at_end and state.best_model_checkpoint and Path(state.best_model_checkpoint).is_dir():
+        check_best(state)
+    return str(wanted), state.global_step
+
+
+def check_best(state: TrainerState) -> None:
+    """Raises TrainingError unless the best checkpoint so far is what it was."""
+    try:
+        check_checksums(state.best_model_checkpoint)
+    except DamageError as error:
+        raise TrainingError(
+            f"the best checkpoint so far is damaged: {error}; with --resume_from_checkpoint --load_best_model_at_end "
+            "false the last weights are kept instead"
+        ) from error
