@@ -70,7 +70,7 @@ def test_a_large_image_is_turned_upright():
 
 
 def test_bombs_are_refused_before_decoding():
-    with pytest.raises(ImageError, match=f"expected at most {MAX_DECODED_PIXELS:,} pixels, got 4000 x 4000"):
+    with pytest.raises(ImageError, match=f"expected at most {MAX_DECODED_PIXELS:,} pixels, .* got 4000 x 4000"):
         open_image(bomb(4_000))
     with pytest.raises(ImageError, match=f"expected at most {MAX_PIXELS:,} pixels, got far more"):
         open_image(bomb(20_000))

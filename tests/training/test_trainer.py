@@ -6,10 +6,10 @@ from safetensors.torch import load_file
 from transformers.trainer_pt_utils import LabelSmoother
 
 from vit_cifar import ViTCifarConfig, ViTCifarForImageClassification
-from vit_cifar.integrity import newest_whole_checkpoint
+from vit_cifar.integrity import newest_whole_checkpoint, write_checksums
 from vit_cifar.training.arguments import parse_arguments
 from vit_cifar.training.data import CIFAR10_MEAN, CIFAR10_STD, load_split, normalize
-from vit_cifar.training.trainer import TrainingError, ViTCifarTrainer
+from vit_cifar.training.trainer import TrainingError, ViTCifarTrainer, find_checkpoint
 
 
 @pytest.fixture
@@ -122,3 +122,15 @@ def test_a_best_checkpoint_that_was_damaged_meanwhile_is_not_taken(make, tmp_pat
         file.write(b"!")
     with pytest.raises(TrainingError, match="best checkpoint so far is damaged: .*model.safetensors"):
         trainer._load_best_model()
+
+
+def test_a_training_without_a_whole_checkpoint_starts_anew_and_one_with_damaged_ones_does_not(make, tmp_path, capsys):
+    (tmp_path / "checkpoint-2").mkdir()  # killed inside the first save
+    args = make("--resume_from_checkpoint").args
+    assert find_checkpoint(args) == (None, None)
+    assert "starts anew" in capsys.readouterr().out
+    (tmp_path / "checkpoint-2" / "model.safetensors").write_text("weights")
+    write_checksums(tmp_path / "checkpoint-2")
+    (tmp_path / "checkpoint-2" / "model.safetensors").write_text("others")
+    with pytest.raises(TrainingError, match="expected a whole checkpoint in .*, got none"):
+        find_checkpoint(args)

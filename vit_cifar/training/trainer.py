@@ -202,10 +202,13 @@ class ViTCifarTrainer(Trainer):
                 write_checksums(folder)
             self.accelerator.wait_for_everyone()  # from here on each may read it
         except (OSError, RuntimeError, SafetensorError) as error:  # as torch, json and safetensors say "disk full"
+            free = shutil.disk_usage(self.args.output_dir).free  # torch's own words are of positions in its file
             if self.args.should_save and not (folder / SUMS_NAME).is_file():
                 shutil.rmtree(folder, ignore_errors=True)
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise TrainingError(f"{folder}: cannot be written: {reason}; {self._newest_whole_checkpoint()}") from error
+            raise TrainingError(
+                f"{folder}: cannot be written: {reason}, {free:,} bytes free; {self._newest_whole_checkpoint()}"
+            ) from error
         finally:
             self.args.save_total_limit = limit
         if self.args.should_save:
