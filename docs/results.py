@@ -117,7 +117,7 @@ def faults() -> str:
 
 
 def _said(figures: dict) -> list[str]:
-    """Figures by their names; libraries' versions stay in the record."""
+    """Figures before their names; of lists, how long they are."""
     said = []
     for name, value in figures.items():
         name = name.replace("_", " ")
@@ -125,10 +125,14 @@ def _said(figures: dict) -> list[str]:
             continue
         if isinstance(value, dict):
             said.append(f"{name}: {', '.join(_said(value))}")
-        elif isinstance(value, list):
-            said.append(f"{name}: {', '.join(value) or 'none'}")
+        elif isinstance(value, bool):
+            assert value, name
+            said.append(name)
+        elif isinstance(value, str):
+            said.append(f"{name}: {value}")
         else:
-            said.append(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}")
+            value = len(value) if isinstance(value, list) else value
+            said.append(f"{value:.3g} {name}" if isinstance(value, float) else f"{value:,} {name}")
     return said
 
 

@@ -140,7 +140,7 @@ def full_disk(places: int = 6) -> dict:
                 raise AssertionError("a half model was taken for a whole one")
             except ModelError:
                 pass
-    return {"places_of_a_save": places, "and_of_the_model_folder": 1, "said": sorted(set(found))}
+    return {"places_of_a_save": places, "and_of_the_model_folder": 1, "messages": sorted(set(found))}
 
 
 # What the rows of a dataset are once decoded, as a checksum.
