@@ -1,4 +1,4 @@
-"""Tries what a user, a crash or a stranger can do, at full size, and writes what came out to docs/faults.json and SECURITY.md.
+"""Tries what a user, a crash or a stranger can do, at full size; docs/faults.json and SECURITY.md say what came out.
 
 python -m tests.faults           # every row, about an hour; nothing else should run meanwhile
 python -m tests.faults images    # one of them
