@@ -42,6 +42,17 @@ def run(*command: object, cwd: Path = ROOT, **environment: str) -> subprocess.Co
     )
 
 
+def start(*command: object, **environment: str) -> subprocess.Popen:
+    """The same, but not waited for, and its output is not kept."""
+    return subprocess.Popen(
+        [str(word) for word in command],
+        cwd=ROOT,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"} | environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
 def run_elsewhere(script: str, folder: Path, *arguments: object) -> subprocess.CompletedProcess:
     """A Python script as a stranger runs it: in `folder`, offline, with a cache of its own for remote code."""
     return subprocess.run(

@@ -4,14 +4,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, run, run_elsewhere
+from helpers import run, run_elsewhere, start
 from safetensors.torch import load_file
 from torchvision.transforms.v2.functional import to_pil_image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -84,14 +83,7 @@ print(len(attentions), tuple(attentions[0].shape), model.config.id2label[3])
 
 def test_killed_in_the_middle_of_an_epoch_and_resumed_ends_with_the_same_weights(smoke_folder, tmp_path):
     folder = tmp_path / "run"
-    command = [sys.executable, "train.py", "--recipe", "smoke", "--output_dir", str(folder)]
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = start(sys.executable, "train.py", "--recipe", "smoke", "--output_dir", folder)
     deadline = time.monotonic() + 300
     # An epoch has 10 steps and a checkpoint is written every 5: 15 lies in the middle of the second one.
     while not (folder / "checkpoint-15" / "SHA256SUMS").exists() and time.monotonic() < deadline:

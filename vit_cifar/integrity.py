@@ -26,8 +26,8 @@ def write_checksums(folder: str | Path) -> None:
     folder, lines = Path(folder), []
     for path in sorted(folder.iterdir()):
         if path.is_file() and any(fnmatch(path.name, pattern) for pattern in MODEL_FILES + CHECKPOINT_FILES):
+            lines.append(f"{sha256(path)}  {path.name}")
             with path.open("rb") as file:
-                lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}")
                 os.fsync(file.fileno())
     part = folder / f".{SUMS_NAME}.part"
     with part.open("w", newline="\n") as file:
@@ -40,11 +40,15 @@ def write_checksums(folder: str | Path) -> None:
 def check_checksums(folder: str | Path) -> None:
     """Raises DamageError unless every file in SHA256SUMS, which has to be there, can be read and is what it was."""
     folder = Path(folder)
+
+    def differs(name: str, digest: str) -> bool:
+        return not (folder / name).is_file() or sha256(folder / name) != digest
+
     try:
         *lines, last_line = (folder / SUMS_NAME).read_text().splitlines()
         expected = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
         whole = last_line == LAST_LINE
-        damaged = [name for name, digest in expected.items() if _digest(folder / name) != digest]
+        damaged = [name for name, digest in expected.items() if differs(name, digest)]
     except FileNotFoundError as error:
         raise DamageError(f"{folder}: expected a {SUMS_NAME}, which is written last, got none") from error
     except OSError as error:
@@ -57,9 +61,8 @@ def check_checksums(folder: str | Path) -> None:
         raise DamageError(f"{folder}: expected the files that {SUMS_NAME} lists, got others: {', '.join(damaged)}")
 
 
-def _digest(path: Path) -> str | None:
-    if not path.is_file():
-        return None
+def sha256(path: Path) -> str:
+    """Of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

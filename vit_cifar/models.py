@@ -71,7 +71,7 @@ def load_model(name: str | None = None) -> tuple[ViTCifarForImageClassification,
         if found := info.get(problem):
             raise ModelError(f"model: expected all weights of {name}, got {problem.replace('_', ' ')}: {sorted(found)}")
     if broken := [key for key, tensor in model.state_dict().items() if not tensor.isfinite().all()]:
-        raise ModelError(f"model: expected finite weights in {name}, got NaN or infinity in {', '.join(broken[:3])}")
+        raise ModelError(f"model: expected finite weights, got NaN or infinity in {', '.join(broken[:3])} of {name}")
     return model.eval(), processor
 
 

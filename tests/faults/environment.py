@@ -89,7 +89,7 @@ def audit() -> dict:
     """What pip-audit says of this environment; a package that it skips was not audited."""
     finished = run(sys.executable, "-m", "pip_audit", "--format", "json", "--progress-spinner", "off")
     if not finished.stdout:
-        return {"not_run": finished.stderr.strip().splitlines()[-1]}
+        return {"audited": 0, "not_run": finished.stderr.strip().splitlines()[-1:]}
     found = json.loads(finished.stdout)["dependencies"]
     holes = {package["name"]: package["vulns"] for package in found if package.get("vulns")}
     assert not holes, holes

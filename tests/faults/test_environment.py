@@ -36,5 +36,7 @@ def test_a_known_hole_fails(monkeypatch):
 
 @pytest.mark.slow
 def test_no_package_of_this_environment_has_a_known_hole():
-    if not environment.audit().get("audited"):
-        pytest.skip("pip-audit reached no advisories")
+    figures = environment.audit()  # fails on a known hole
+    if not_run := set(figures["not_run"]) - {"vit-cifar"}:  # which is on no index
+        pytest.skip(f"pip-audit could not audit {len(not_run)} packages")
+    assert figures["audited"] > 100

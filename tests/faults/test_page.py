@@ -17,7 +17,7 @@ def test_many_visitors_at_once():
 
 
 def test_each_visitor_gets_the_answer_to_his_own_picture():
-    page.users(count=4, rounds=1)
+    assert page.users(count=4, rounds=1)["requests"] == 4 * 4  # each asks four things
 
 
 def test_a_stranger_gets_no_further_than_the_page():

@@ -10,7 +10,9 @@ def test_killed_again_and_again_it_ends_as_if_it_had_not_been():
 
 @pytest.mark.slow
 def test_a_full_disk_costs_no_checkpoint():
-    training.full_disk(places=3)
+    figures = training.full_disk(places=3)
+    assert figures["places_of_a_save"] == 3
+    assert sum("bytes free" in line for line in figures["messages"]) == len(figures["messages"]) - 1  # the model's
 
 
 @pytest.mark.slow

@@ -83,7 +83,7 @@ def spoil(folder: Path, how: str) -> None:
         ("pickle", "expected weights as safetensors alone, got pytorch_model.bin"),
         ("no record", "expected a training_record.json, got none"),
         ("other weights", "expected the record of these weights"),
-        ("NaN", "got NaN or infinity in classifier.bias"),
+        ("NaN", "expected finite weights, got NaN or infinity in classifier.bias"),
         ("missing weight", "got missing keys: ['classifier.bias']"),
         ("no processor", "got no preprocessor_config.json"),
     ],

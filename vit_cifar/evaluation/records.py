@@ -1,6 +1,5 @@
 """training_record.json: how a model folder came about and what it scores. README and cards take numbers from here."""
 
-import hashlib
 import importlib.metadata
 import json
 import math
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 
 from ..errors import UserError
+from ..integrity import sha256
 
 RECORD_NAME = "training_record.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -25,7 +25,7 @@ class RecordError(UserError):
 
 
 def weights_sha256(folder: str | Path) -> str:
-    return hashlib.sha256((Path(folder) / WEIGHTS_NAME).read_bytes()).hexdigest()
+    return sha256(Path(folder) / WEIGHTS_NAME)
 
 
 def write_record(folder: str | Path, record: dict) -> None:

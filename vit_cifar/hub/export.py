@@ -5,7 +5,6 @@ Whatever is written is read back as its user would, compared with the model it w
 Letters in shapes: B batch, C channels, H and W image height and width, L layers, A heads, N tokens.
 """
 
-import hashlib
 import importlib.metadata
 import json
 from pathlib import Path
@@ -19,6 +18,7 @@ from ..configuration_vit_cifar import ViTCifarConfig
 from ..errors import UserError
 from ..evaluation import records
 from ..evaluation.metrics import evaluate
+from ..integrity import sha256
 from ..modeling_vit_cifar import ViTCifarForImageClassification
 from ..models import load_model, local_folder
 from ..training.data import load_split
@@ -85,7 +85,7 @@ def export_model(name: str, kind: str, output_dir: str | Path, dataset_name: str
             "model": records.public_name(name),
             "source_weights_sha256": records.weights_sha256(source),
             "file": FILES[kind],
-            "sha256": hashlib.sha256((folder / FILES[kind]).read_bytes()).hexdigest(),
+            "sha256": sha256(folder / FILES[kind]),
             "opset": OPSET if kind == ONNX else None,
             "largest_difference": _compare(model, exported),
             "dataset": records.public_name(dataset_name) if dataset_name else None,

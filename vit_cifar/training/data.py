@@ -91,18 +91,22 @@ def load_rows(dataset_name: str) -> datasets.DatasetDict:
     """
     source = str(SAMPLE_FOLDER) if dataset_name == SAMPLE_NAME else dataset_name
     try:
-        try:
-            return datasets.load_dataset(source)
-        except OSError as error:
-            if error.errno not in (errno.EROFS, errno.EACCES):
-                raise
-            print(f"the cache cannot be written ({error}): {_stand_in()} takes its place until this process ends")
-            return datasets.load_dataset(source, cache_dir=_stand_in())
+        return _load_dataset(source)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if "corresponds to no data" in reason:  # what `datasets` says of a split without rows
             raise DataError(f"{dataset_name}: expected rows in every split, got an empty split: {reason}") from error
         raise DataError(f"dataset_name: expected a dataset on the Hub or a folder, got {source!r}: {reason}") from error
+
+
+def _load_dataset(source: str) -> datasets.DatasetDict:
+    try:
+        return datasets.load_dataset(source)
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES):
+            raise
+        print(f"the cache cannot be written ({error}): {_stand_in()} takes its place until this process ends")
+        return datasets.load_dataset(source, cache_dir=_stand_in())
 
 
 @cache

@@ -260,22 +260,23 @@ def find_checkpoint(args: TrainingArguments) -> tuple[str | None, int | None]:
                 "go on with --resume_from_checkpoint or choose another"
             )
         return None, None
-    newest, damaged = newest_whole_checkpoint(output_dir)
     if wanted == "last":
+        wanted, damaged = newest_whole_checkpoint(output_dir)
         for error in damaged:
             print(f"passed over: {error}")
         begun = checkpoints(output_dir)
-        if newest is None and begun and not any((checkpoint / SUMS_NAME).exists() for checkpoint in begun):
+        if wanted is None and begun and not any((checkpoint / SUMS_NAME).exists() for checkpoint in begun):
             print("no checkpoint was whole yet: training starts anew")
             return None, None
-        if newest is None:
+        if wanted is None:
             raise TrainingError(f"resume_from_checkpoint: expected a whole checkpoint in {output_dir}, got none")
-        wanted = newest
-    try:
-        check_checksums(wanted)
-    except DamageError as error:
-        offer = f"; {newest} is whole" if newest else ""
-        raise TrainingError(f"resume_from_checkpoint: {error}{offer}") from error
+    else:
+        try:
+            check_checksums(wanted)
+        except DamageError as error:
+            newest, _ = newest_whole_checkpoint(output_dir)
+            offer = f"; {newest} is whole" if newest else ""
+            raise TrainingError(f"resume_from_checkpoint: {error}{offer}") from error
     state = TrainerState.load_from_json(str(Path(wanted, TRAINER_STATE_NAME)))
     if args.load_best_model_at_end and state.best_model_checkpoint and Path(state.best_model_checkpoint).is_dir():
         check_best(state)
