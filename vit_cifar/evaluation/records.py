@@ -66,11 +66,8 @@ def versions() -> dict[str, str]:
 
 def hardware() -> dict[str, str | int | float]:
     """Processor, cores, processes, threads, memory in GiB and, where there is one, the GPU."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     found = {
-        "cpu": names[0] if names else platform.processor(),
+        "cpu": _processor(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "processes": int(os.environ.get("WORLD_SIZE", 1)),  # as torchrun and accelerate launch say it
@@ -80,6 +77,16 @@ def hardware() -> dict[str, str | int | float]:
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
     return found
+
+
+def _processor() -> str:
+    """Its name, with family and model where Linux tells: two generations of one name differ by a factor of two."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    if {"model name", "cpu family", "model"} <= fields.keys():
+        return "{model name}, family {cpu family}, model {model}".format_map(fields)
+    return platform.processor()
 
 
 def git_commit(folder: str | Path) -> str | None:
