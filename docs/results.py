@@ -61,37 +61,50 @@ def results() -> str:
 
 
 def speed() -> str:
-    """The benchmark's ratios as Markdown."""
-    record, preloaded = (
-        json.loads((ROOT / "docs" / name).read_text()) for name in ("benchmark.json", "benchmark_tcmalloc.json")
+    """The benchmark's ratios on two machines as Markdown."""
+    record, older, preloaded = (
+        json.loads((ROOT / "docs" / f"benchmark{name}.json").read_text()) for name in ("", "_older", "_tcmalloc")
     )
-    rate, other_rate = (
+    machines = (record, older)
+    rates = [
         {f"{row['name']}, {row['number_format']}": row for part in ("training", "inference") for row in found[part]}
-        for found in (record, preloaded)
+        for found in (*machines, preloaded)
+    ]
+    products = [f"{found['matmul_gflops_per_second']['bf16, 2048 x 2048 x 2048']:.0f} GFLOP/s" for found in machines]
+    rows = [
+        f"| ours | theirs | images/s | ours to theirs, {products[0]} | images/s | {products[1]} |",
+        "|---|---|---|---|---|---|",
+    ]
+    for items in zip(*(found["ratios"] for found in machines), strict=True):
+        ours, theirs = items[0]["of"], items[0]["to"]
+        row = f"| {ours} | {theirs} "
+        for item, rate in zip(items, rates[:2], strict=True):
+            low, high = item["spread"]
+            both = " to ".join(f"{rate[name]['images_per_second']:.0f}" for name in (ours, theirs))
+            row += f"| {both} | {item['median']:.2f}× ({low:.2f}–{high:.2f}) "
+        rows.append(f"{row}|")
+    words = [
+        f"`vit-cifar benchmark --batch-size {record['batch_size']['training']}` on two machines of "
+        f"{record['hardware']['cores']} CPU cores, named here by their measured rate of bf16 matrix products; batch "
+        f"{record['batch_size']['training']} in training and {record['batch_size']['inference']} in inference; the "
+        f"median of {record['rounds']} and {older['rounds']} rounds, their spread.",
+    ]
+    for found, product in zip(machines, products, strict=True):
+        pipeline = found["input_pipeline"]
+        rate, own_shape = (found["share_of_matmul_rate"][shape] for shape in ("2048 x 2048 x 2048", "the MLP's own"))
+        words.append(
+            f"At {product} our training step reaches {rate:.0%} of that rate and "
+            f"{own_shape:.0%} of that of products in its own MLP's shape; the input pipeline is "
+            f"{pipeline['share_of_a_step']:.1%} of a step and {pipeline['ratio']['median']:.0f} times as fast as "
+            "per-image PIL transforms."
+        )
+    own, _, other = (rate["vit-cifar, train.py, bf16"]["images_per_second"] for rate in rates)
+    words.append(
+        f"With `LD_PRELOAD` set to tcmalloc's library (Debian's `libtcmalloc-minimal4`) the first machine gave "
+        f"{other:.0f} images/s for our training step, {other / own:.2f} times as many as with glibc's allocator in the "
+        "run before: an option, not required."
     )
-    rows = ["| ours | images/s | theirs | images/s | ours to theirs |", "|---|---|---|---|---|"]
-    for item in record["ratios"]:
-        ours, theirs = (f"{item[side]} | {rate[item[side]]['images_per_second']:.0f}" for side in ("of", "to"))
-        low, high = item["spread"]
-        rows.append(f"| {ours} | {theirs} | {item['median']:.2f}× ({low:.2f}–{high:.2f}) |")
-    size, pipeline = record["batch_size"], record["input_pipeline"]
-    shares, times = record["share_of_matmul_rate"], pipeline["ratio"]["median"]
-    own_share = shares["the MLP's own"]
-    words = (
-        f"`{record['command']}` on {record['hardware']['cores']} CPU cores, batch {size['training']} in training and "
-        f"{size['inference']} in inference; the median of {record['rounds']} rounds, their spread. Our training step "
-        f"reaches {shares['2048 x 2048 x 2048']:.0%} of the machine's measured rate of matrix products, and "
-        f"{own_share:.0%} of that of products in its own MLP's shape; the input "
-        f"pipeline is {pipeline['share_of_a_step']:.1%} of a step and {times:.0f} times as fast as "
-        "per-image PIL transforms."
-    )
-    own, other = (rates["vit-cifar, train.py, bf16"]["images_per_second"] for rates in (rate, other_rate))
-    words += (
-        f" With `LD_PRELOAD` set to tcmalloc's library (Debian's `libtcmalloc-minimal4`) the same command gave "
-        f"{other:.0f} images/s for our training step, {other / own:.2f} times as many as glibc's allocator in "
-        "the run before: an option, not required."
-    )
-    return "\n".join([*rows, "", words])
+    return "\n".join([*rows, "", " ".join(words)])
 
 
 def finetuning() -> str:
