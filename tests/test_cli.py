@@ -9,7 +9,7 @@ from transformers import pipeline
 
 from vit_cifar.evaluation.examination import read_examination
 from vit_cifar.evaluation.metrics import evaluate
-from vit_cifar.evaluation.records import read_record
+from vit_cifar.evaluation.records import read_record, write_record
 from vit_cifar.images import MAX_DECODED_PIXELS
 from vit_cifar.models import load_model
 from vit_cifar.training.data import load_split
@@ -87,6 +87,24 @@ def test_examine_leaves_its_record_beside_the_weights(smoke_folder, tmp_path):
     load_model(str(folder))  # its checksums are those of the new files
 
 
+@pytest.mark.parametrize("images_held_out", [True, False])
+def test_examine_refuses_what_it_cannot_tell_of(smoke_folder, images_held_out, tmp_path):
+    """On another dataset than the record's, or without held-out images, no image is known to be new to the model."""
+    folder = shutil.copytree(smoke_folder, tmp_path / "model")
+    (folder / "SHA256SUMS").unlink()
+    record = read_record(folder)
+    if images_held_out:
+        record["test_accuracy"] += 0.1
+        message = "dataset_name: expected the dataset of the record's test accuracy"
+    else:
+        record["arguments"]["validation_size"] = 0
+        message = "record: expected a training that held images out of train, got validation_size 0"
+    write_record(folder, record)
+    answer = vit_cifar("examine", folder, "--images", "2")  # on the record's own dataset
+    assert answer.returncode == 2 and message in answer.stderr
+    assert read_examination(folder) is None
+
+
 def test_users_errors_are_one_line_and_exit_code_2(images, tiny_model_folder, tmp_path):
     text = tmp_path / "text.png"
     text.write_text("no image")
@@ -102,7 +120,13 @@ def test_users_errors_are_one_line_and_exit_code_2(images, tiny_model_folder, tm
         (["evaluate", tiny_model_folder, "--dataset_name", tmp_path / "nowhere"], "dataset_name: expected"),
         (["explain", images[0], "-o", tmp_path / "x.png", "--method", "lime"], "method: expected one of attention, "),
         (["explain", text, "-o", tmp_path / "x.png", "--model", tiny_model_folder], "expected an image"),
+        (
+            ["explain", images[0], "-o", tmp_path / "new" / "x.png"],
+            "output: expected a new file in a folder that exists",
+        ),
+        (["explain", *images, "-o", tmp_path], "output: expected a new or an empty folder"),
         (["examine", tiny_model_folder, "--dataset_name", "sample"], "expected a training_record.json, got none"),
+        (["examine", tmp_path / "nowhere"], "model: expected a model folder"),
         (["evaluate", tiny_model_folder, "--dataset_name", "sample", "--split", "dev"], "split: expected one of"),
     ):
         answer = vit_cifar(*arguments)

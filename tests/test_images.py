@@ -5,7 +5,7 @@ import struct
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from tests.faults.images import bomb, chunk, encoded
 from vit_cifar import images
@@ -123,10 +123,15 @@ def test_a_file_of_countless_blocks_is_refused(monkeypatch):
         open_image(content[:33] + 200 * chunk(b"abCd", b"") + content[33:])
 
 
-@pytest.mark.parametrize("head", [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", struct.pack("<3H", 0, 1, 1)])
-def test_formats_that_run_programs_or_hold_icons_are_refused(head):
-    with pytest.raises(ImageError):
-        open_image(head)
+@pytest.mark.parametrize(
+    "content",
+    [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", encoded(Image.new("RGB", (16, 16)), "ICO")],
+    ids=["EPS", "ICO"],
+)
+def test_formats_that_run_programs_or_hold_icons_are_not_even_tried(content):
+    with pytest.raises(ImageError) as refused:
+        open_image(content)
+    assert isinstance(refused.value.__cause__, UnidentifiedImageError)
 
 
 def test_missing_file(tmp_path):

@@ -111,6 +111,7 @@ def explain(
     from tqdm.auto import tqdm
 
     from .explain.pictures import explain_image, files_in, map_options, name_of
+    from .hub.folder import new_folder
     from .images import open_image
     from .models import load_model
 
@@ -118,22 +119,27 @@ def explain(
     opened = [open_image(path) for path in files]  # all of them before any work: an error leaves nothing half done
     network, processor = load_model(model)
     options = map_options(network.config, method, layer, head, class_name)
-    one_file = len(images) == 1 and images[0].is_file()
-    if output.exists() or not output.parent.is_dir():
-        raise typer.BadParameter(f"expected a new name in a folder that exists, got {output}", param_hint="--output")
-    if not one_file:
-        output.mkdir()
-    for path, image in tqdm(list(zip(files, opened, strict=True)), disable=one_file, unit=" images"):
-        found = explain_image(network, processor, image, name_of(model), **options)
-        found.save(output if one_file else output / f"{path.stem}.png")
-        tqdm.write(f"{path}: {found}")
+    if len(images) == 1 and images[0].is_file():
+        _check_new_file(output)
+        found = explain_image(network, processor, opened[0], name_of(model), **options)
+        found.save(output)
+        print(f"{files[0]}: {found}")
+        return
+    with new_folder(output) as folder:
+        for path, image in tqdm(list(zip(files, opened, strict=True)), unit=" images"):
+            found = explain_image(network, processor, image, name_of(model), **options)
+            found.save(folder / f"{path.stem}.png")
+            tqdm.write(f"{path}: {found}")
 
 
 @app.command()
 def examine(
     folder: Annotated[Path, typer.Argument(help="A model folder with its training record.", show_default=False)],
     dataset_name: Annotated[
-        str | None, typer.Option("--dataset_name", "--dataset-name", help="Hub id or local folder; as in training.")
+        str | None,
+        typer.Option(
+            "--dataset_name", "--dataset-name", help="Hub id or local folder; left out, what the record names."
+        ),
     ] = None,
     images: Annotated[int, typer.Option(min=2, help="Test images that the maps are tried on.")] = 500,
 ) -> None:
@@ -143,7 +149,7 @@ def examine(
     from .evaluation.examination import examine_folder, report, write_examination
 
     if not folder.is_dir():
-        raise typer.BadParameter(f"expected a model folder, got {folder}", param_hint="FOLDER")
+        raise UserError(f"model: expected a model folder, got {folder}: no such folder")
     examination = examine_folder(folder, dataset_name, images)
     disable_progress_bars()  # of writing a small file
     write_examination(folder, examination)
@@ -163,8 +169,8 @@ def benchmark(
     from .evaluation.benchmark import benchmark as measure
     from .evaluation.benchmark import report, write
 
-    if output is not None and (output.exists() or not output.parent.is_dir()):
-        raise typer.BadParameter(f"expected a new file in a folder that exists, got {output}", param_hint="--output")
+    if output is not None:
+        _check_new_file(output)
     record = measure(batch_size, rounds, steps)
     print(report(record))
     if output is not None:
@@ -265,6 +271,11 @@ def demo(
         print('vit-cifar: the page needs gradio: pip install "vit-cifar[demo]"', file=sys.stderr)
         raise typer.Exit(2) from error
     serve(model or None)
+
+
+def _check_new_file(output: Path) -> None:
+    if output.exists() or not output.parent.is_dir():
+        raise UserError(f"output: expected a new file in a folder that exists, got {output}")
 
 
 def main() -> None:

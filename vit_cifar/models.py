@@ -9,7 +9,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import AutoConfig, ViTImageProcessor
 
 from .configuration_vit_cifar import ViTCifarConfig
-from .errors import UserError
+from .errors import UserError, first_line
 from .integrity import MODEL_FILES, SUMS_NAME, DamageError, check_checksums, newest_whole_checkpoint
 from .modeling_vit_cifar import ViTCifarForImageClassification
 
@@ -32,8 +32,7 @@ def _one_line(name: str) -> Iterator[None]:
     except HFValidationError as error:
         raise ModelError(f"model: expected a model folder or a Hub id, got {name!r}: no such folder") from error
     except Exception as error:  # a damaged file or a fault of the network can be of any type in the libraries below
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ModelError(f"model: expected a model folder or a Hub id, got {name!r}: {reason}") from error
+        raise ModelError(f"model: expected a model folder or a Hub id, got {name!r}: {first_line(error)}") from error
 
 
 def split_revision(name: str) -> tuple[str, str | None]:

@@ -78,7 +78,7 @@ def test_pictures_say_what_they_show(subject, pixel_values, tmp_path):
             assert said["answer"].startswith("ship ")
             assert (said.get("layer"), said.get("head")) == (("1", "3") if method == "attention" else (None, None))
             assert said.get("class") == ("cat" if method in ("gradient rollout", "occlusion") else None)
-        expected = f"{UNITS[method]}: minimum {explanation.found.minimum.item():.4g}, maximum"
+        expected = f"{UNITS[method]}: minimum {explanation.map.minimum.item():.4g}, maximum"
         assert views.caption(explanation).startswith(expected)
 
 

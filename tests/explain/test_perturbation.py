@@ -1,7 +1,10 @@
+import sys
+
 import pytest
 import torch
 
 from vit_cifar import ViTCifarConfig, ViTCifarForImageClassification
+from vit_cifar.errors import UserError
 from vit_cifar.explain.perturbation import (
     METHODS,
     STEPS,
@@ -28,7 +31,7 @@ def pixel_values(model) -> torch.Tensor:
 
 
 def test_gradients_are_those_of_the_chosen_class(model, pixel_values):
-    """Half of each image's maps, moved a little along the gradient, move the logit as the gradient says."""
+    """One backward pass for all images gives what one for each image and logit gives."""
     classes = torch.tensor([0, 1, 2, 3, 4, 5])
     seen = look(model, pixel_values, classes)
     torch.testing.assert_close(seen.logits, model(pixel_values).logits, atol=1e-5, rtol=1e-5)
@@ -39,6 +42,12 @@ def test_gradients_are_those_of_the_chosen_class(model, pixel_values):
         for layer, gradient in enumerate(seen.gradients):
             torch.testing.assert_close(gradient[image], expected[layer][image], atol=1e-5, rtol=1e-4)
             torch.testing.assert_close(seen.attentions[layer], output.attentions[layer])
+
+
+def test_without_captum_occlusion_says_what_to_install(model, pixel_values, monkeypatch):
+    monkeypatch.setitem(sys.modules, "captum.attr", None)
+    with pytest.raises(UserError, match=r'expected captum, got none: pip install "vit-cifar\[demo\]"'):
+        METHODS["occlusion"](look(model, pixel_values))
 
 
 def test_frozen_weights_change_nothing(pixel_values):
@@ -139,7 +148,7 @@ def test_randomized_is_another_model_of_the_same_kind_and_leaves_the_random_stat
     torch.manual_seed(5)
     fresh, again = randomized(model), randomized(model)
     assert torch.equal(torch.rand(1), expected)
-    assert fresh.config is not None and not fresh.training
+    assert fresh.config == model.config and not fresh.training
     assert not torch.equal(fresh(pixel_values).logits, model(pixel_values).logits)
     assert torch.equal(fresh(pixel_values).logits, again(pixel_values).logits)
 

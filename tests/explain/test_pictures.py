@@ -25,17 +25,18 @@ def test_every_method_has_a_unit():
 @pytest.mark.parametrize("method", METHODS)
 def test_the_file_says_what_it_shows(model_and_processor, method, tmp_path):
     model, processor = model_and_processor
-    options = map_options(model.config, method, class_name="cat")
+    of_a_class = method in ("gradient rollout", "occlusion")
+    options = map_options(model.config, method, class_name="cat" if of_a_class else None)
     explanation = explain_image(model, processor, open_image(EXAMPLE), "a-model", **options)
     explanation.save(tmp_path / "map.png")
     with Image.open(tmp_path / "map.png") as picture:
         said = picture.text
     assert said["model"] == "a-model" and said["method"] == method
     assert said["answer"].startswith("ship ")
-    assert said["minimum"] == f"{explanation.found.values.min().item():.4g}"
-    assert said["entropy"].endswith(f" of {np.log2(explanation.found.values.numel()):g} bits")
+    assert said["minimum"] == f"{explanation.map.values.min().item():.4g}"
+    assert said["entropy"].endswith(f" of {np.log2(explanation.map.values.numel()):g} bits")
     assert ("layer" in said) == ("head" in said) == (method == "attention")
-    assert said.get("class") == ("cat" if method in ("gradient rollout", "occlusion") else None)
+    assert said.get("class") == ("cat" if of_a_class else None)
     assert ("class token to itself" in said) == (method not in ("occlusion", "random"))
 
 
@@ -45,9 +46,9 @@ def test_layer_and_head_count_from_one(tiny_model_folder):
     pixel_values = processor(image, return_tensors="pt").pixel_values
     attentions = model(pixel_values, output_attentions=True).attentions
     options = map_options(model.config, layer=1, head="3")
-    found = explain_image(model, processor, image, "", **options).found
+    found = explain_image(model, processor, image, "", **options).map
     torch.testing.assert_close(found.values.flatten(), attentions[0][0, 2, 0, 1:])
-    last = explain_image(model, processor, image, "", **map_options(model.config)).found
+    last = explain_image(model, processor, image, "", **map_options(model.config)).map
     torch.testing.assert_close(last.values.flatten(), attentions[-1][0, :, 0, 1:].mean(0))
 
 
@@ -58,7 +59,8 @@ def test_layer_and_head_count_from_one(tiny_model_folder):
         ({"layer": 0}, "layer: expected 1 to 2, got 0"),
         ({"layer": 3}, "layer: expected 1 to 2, got 3"),
         ({"head": "5"}, "head: expected 1 to 4, mean or max, got '5'"),
-        ({"class_name": "cow"}, "class: expected one of airplane, .*, got 'cow'"),
+        ({"method": "occlusion", "class_name": "cow"}, "class: expected one of airplane, .*, got 'cow'"),
+        ({"class_name": "cat"}, "class: expected it for gradient rollout or occlusion, got it for attention"),
         ({"method": "rollout", "layer": 1}, "layer and head: expected them for the method attention alone"),
     ],
 )
@@ -78,7 +80,7 @@ def test_the_colourbar_has_the_maps_own_numbers():
 
 
 def test_folders_give_their_images_by_name(tmp_path):
-    for name in ("b.png", "a.JPG", "notes.txt"):
+    for name in ("b.png", "a.JPG", "notes.txt", "paper.pdf"):
         (tmp_path / name).write_bytes(b"")
     assert [path.name for path in files_in([tmp_path])] == ["a.JPG", "b.png"]
     with pytest.raises(ValueError, match="expected a different name for each, got 'b' 2 times"):

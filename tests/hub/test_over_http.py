@@ -240,7 +240,16 @@ def test_the_page_shows_a_model_from_the_hub(shared_hub, tmp_path):
 def test_a_space_in_an_environment_of_its_own(hub, tmp_path):
     """Built in an empty folder, its requirements installed, its app.py started: the page of the pinned model."""
     sha = hub.add_repo("model", MODEL_ID, nano_files())
-    words = ["publish-space", "--repo-id", SPACE_ID, "--model-id", MODEL_ID, "--push", "--output", tmp_path / "space"]
+    words = [
+        "publish-space",
+        "--repo-id",
+        SPACE_ID,
+        "--model-id",
+        f"{MODEL_ID}@main",
+        "--push",
+        "--output",
+        tmp_path / "space",
+    ]
     pushed = vit_cifar(hub, tmp_path / "cache", *words)
     assert pushed.returncode == 0 and pushed.stderr == "", pushed.stderr
     space = hub.repos["space", SPACE_ID]

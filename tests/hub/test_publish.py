@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from vit_cifar.errors import UserError
 from vit_cifar.evaluation.records import RECORD_NAME, read_record, weights_sha256
 from vit_cifar.hub.publish import PublishError, build_model_repo, check_accuracy, check_as_stranger, check_card, publish
+from vit_cifar.hub.space import publish_space
 from vit_cifar.models import BUNDLED_MODELS, DEFAULT_MODEL
 
 NANO = BUNDLED_MODELS / DEFAULT_MODEL
@@ -102,6 +103,8 @@ def test_what_is_refused(model_dir, tmp_path, how, message):
 def test_a_repo_id_without_user_or_name_is_refused(repo_id):
     with pytest.raises(PublishError, match="repo-id: expected user/name, got"):
         publish(NANO, repo_id)
+    with pytest.raises(PublishError, match="model-id: expected user/name, got"):
+        publish_space("user/name", repo_id)
 
 
 def test_a_folder_that_is_taken_is_left_alone(tmp_path):

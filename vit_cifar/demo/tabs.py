@@ -9,6 +9,7 @@ import torch
 from gradio.components import Component
 from gradio.events import Dependency
 
+from ..evaluation.examination import calibration_words
 from ..explain.perturbation import METHODS, Look
 from ..explain.pictures import Explanation
 from . import views
@@ -239,7 +240,10 @@ def mistakes(subject: Subject) -> None:
             buttons=["download"],
             elem_id="mistakes",
         )
-        gr.Markdown("## How far to believe its probabilities\n" + views.calibration_words(examination))
+        gr.Markdown(
+            f"## How far to believe its probabilities\n{calibration_words(examination.record)} "
+            "Points above the line: it is right more often than it says."
+        )
         gr.Image(
             views.reliability_picture(subject),
             show_label=False,

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.v2 import functional as F
 from transformers import ViTImageProcessor
 
-from ..evaluation.examination import Examination, calibration_errors, read_examination
+from ..evaluation.examination import Examination, read_examination
 from ..evaluation.records import RecordError
 from ..explain.attention import cls_map
 from ..explain.overlay import classic_overlay, colour_overlay, denormalize
@@ -136,19 +136,22 @@ def probabilities(subject: Subject, logits: torch.Tensor) -> dict[str, float]:
 
 
 def caution(subject: Subject, chances: dict[str, float]) -> str:
-    """The plain word beside an answer, as Markdown; stronger where the answer is as likely wrong as right."""
+    """The plain word beside an answer, as Markdown; stronger below the confidence under which half were wrong."""
     always = f"It cannot say “none of these”: any picture is forced into one of its {len(chances)} classes."
     highest, examination = max(chances.values()), subject.examination
-    if highest >= (examination.record["doubtful_below"] if examination else 0.5):
+    limit = examination.record["doubtful_below"] if examination else 0.5
+    if highest >= limit:
         return always
-    half = "Of the held-out images that it answered this weakly, half were answered wrongly. " if examination else ""
+    half = (
+        f"Of the held-out images that it answered with less than {limit:.0%}, half were wrong. " if examination else ""
+    )
     return f"**It is not sure: {highest:.0%}.** {half}Perhaps your picture shows none of its classes. {always}"
 
 
 def overlay(found: Explanation, kind: str = "colour") -> Image.Image:
     """The map over the image, `classic` or `colour`."""
     draw = {"classic": classic_overlay, "colour": colour_overlay}[kind]
-    return to_picture(draw(found.found.values.cpu(), found.image[None])[0], found.said() | {"overlay": kind})
+    return to_picture(draw(found.map.values.cpu(), found.image[None])[0], found.said() | {"overlay": kind})
 
 
 def caption(found: Explanation) -> str:
@@ -321,15 +324,3 @@ def reliability_alt(examination: Examination) -> str:
     points = examination.record["calibration"]["as trained"]["reliability"]
     pairs = ", ".join(f"{p['accuracy']:.0%} at {p['confidence']:.0%}" for p in points)
     return f"Share of right answers against the probability that the model gives them: {pairs}"
-
-
-def calibration_words(examination: Examination) -> str:
-    """The calibration's numbers as Markdown."""
-    record, images = examination.record, examination.record["images"]
-    before, after = calibration_errors(record)
-    return (
-        f"Its probabilities are off by **{before:.1%}** on average over {images['test']:,} test images (expected "
-        f"calibration error, 15 bins). Divide its logits by {record['temperature']:.3f}, the temperature fitted on "
-        f"{images['validation']:,} images held out of training, and they are off by **{after:.1%}**. "
-        "Points above the line: it is right more often than it says."
-    )

@@ -25,7 +25,7 @@ from ..explain.perturbation import (
 from ..integrity import SUMS_NAME, write_checksums
 from ..modeling_vit_cifar import ViTCifarForImageClassification
 from ..models import load_model
-from ..training.data import CIFAR10_NAME, ImageDataset, load_split, normalize, split_off_validation
+from ..training.data import ImageDataset, load_split, normalize, split_off_validation
 from . import records
 from .metrics import calibration_error, doubtful_below, evaluate, fit_temperature, reliability
 
@@ -94,19 +94,28 @@ def examine_folder(folder: Path, dataset_name: str | None, images: int) -> Exami
     """`examine`, with the split that the folder's training held out, and how the numbers came about.
 
     Args:
-        dataset_name: a Hub id or a local folder; None for CIFAR-10 on the Hub.
+        dataset_name: a Hub id or a local folder; None for what the record names.
 
     Raises:
-        RecordError: the folder has no training record, or one of other weights.
+        RecordError: the folder has no training record, or one of other weights or of a training that held no images
+            out; or the test accuracy is not the record's, so that it is another dataset.
         ModelError, DataError: the model or the dataset cannot be used.
     """
     record = records.read_record(folder)
-    arguments, dataset_name = record["arguments"], dataset_name or CIFAR10_NAME
+    arguments, dataset_name = record["arguments"], dataset_name or record["dataset"]["name"]
+    if not arguments["validation_size"]:
+        raise records.RecordError("record: expected a training that held images out of train, got validation_size 0")
     model, processor = load_model(str(folder))
     columns = (model.config.image_size, arguments["image_column"], arguments["label_column"])
     train_set, test_set = (load_split(dataset_name, split, *columns) for split in ("train", "test"))
     _, validation_set = split_off_validation(train_set, arguments["validation_size"], arguments["validation_seed"])
     examination = examine(model, processor, validation_set, test_set, images)
+    stated, found = record["test_accuracy"], examination.record["test_accuracy"]
+    if abs(stated - found) > records.SAME_ACCURACY:
+        raise records.RecordError(
+            f"dataset_name: expected the dataset of the record's test accuracy, {stated:.2%}, got {found:.2%} on "
+            f"{dataset_name}: what was held out of training cannot be told there"
+        )
     same = test_set.fingerprint == record["dataset"]["fingerprints"]["test"]  # a local folder has no name of its own
     name = record["dataset"]["name"] if same else records.public_name(dataset_name)
     command = [

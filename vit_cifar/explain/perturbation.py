@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torchmetrics.functional import spearman_corrcoef
 
+from ..errors import UserError
 from ..modeling_vit_cifar import ViTCifarForImageClassification
 from .attention import AttentionMap, cls_map, gradient_rollout, rollout
 
@@ -78,8 +79,14 @@ def occlusion(model: ViTCifarForImageClassification, pixel_values: torch.Tensor,
 
     Args:
         pixel_values: (B, C, H, W), normalised. classes: (B,), of which class in each image.
+
+    Raises:
+        UserError: captum is not installed.
     """
-    from captum.attr import FeatureAblation  # of the extra `demo`
+    try:
+        from captum.attr import FeatureAblation
+    except ModuleNotFoundError as error:
+        raise UserError('occlusion: expected captum, got none: pip install "vit-cifar[demo]"') from error
 
     size = model.config.patch_size
     height, width = (length // size for length in pixel_values.shape[-2:])

@@ -11,7 +11,7 @@ from transformers import ViTImageProcessor
 
 from ..configuration_vit_cifar import ViTCifarConfig
 from ..errors import UserError
-from ..images import ImageError
+from ..images import FORMATS, ImageError
 from ..modeling_vit_cifar import ViTCifarForImageClassification
 from ..models import DEFAULT_MODEL, class_names, split_revision
 from .attention import AttentionMap, cls_map
@@ -25,6 +25,7 @@ UNITS = {
     "occlusion": "fall of the probability",
     "random": "random number",
 }
+OF_A_CLASS = ("gradient rollout", "occlusion")  # the methods whose map depends on the class
 
 
 class ExplanationError(UserError):
@@ -38,19 +39,19 @@ class Explanation:
     Attributes:
         answer, confidence: the class that the model answers, and its probability.
         image: (3, H, W), 0..1, as the model saw it.
-        found: the map, a batch of one.
+        map: a batch of one.
         description: what is shown: model, method, class, and for attention layer and head.
     """
 
     answer: str
     confidence: float
     image: torch.Tensor
-    found: AttentionMap
+    map: AttentionMap
     description: dict[str, str]
 
     def numbers(self) -> dict[str, str]:
         """The raw numbers, which the colours hide."""
-        found, patches = self.found, self.found.values[0].numel()
+        found, patches = self.map, self.map.values[0].numel()
         most = torch.tensor(float(patches)).log2().item()
         numbers = {
             "minimum": f"{found.minimum.item():.4g}",
@@ -73,7 +74,7 @@ class Explanation:
         """A PNG with a colourbar, which carries `said`."""
         method, *rest = [word for name, word in self.description.items() if name != "model"]
         title = ", ".join([method, *rest]) if method != "attention" else "attention, layer {}, head {}".format(*rest)
-        figure = figure_with_colourbar(self.found.values[0].cpu(), self.image, title, UNITS[method])
+        figure = figure_with_colourbar(self.map.values[0].cpu(), self.image, title, UNITS[method])
         figure.savefig(path, format="png", dpi=128, metadata=self.said())
 
 
@@ -93,7 +94,8 @@ def files_in(paths: list[Path]) -> list[Path]:
         if not path.is_dir():
             files.append(path)
             continue
-        inside = sorted(file for file in path.iterdir() if file.suffix.lower() in Image.registered_extensions())
+        kinds = Image.registered_extensions()
+        inside = sorted(file for file in path.iterdir() if kinds.get(file.suffix.lower()) in FORMATS)
         if not inside:
             raise ImageError(f"{path}: expected image files in the folder, got none")
         files += inside
@@ -122,6 +124,8 @@ def map_options(
         raise ExplanationError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     if method != "attention" and (layer is not None or head != "mean"):
         raise ExplanationError(f"layer and head: expected them for the method attention alone, got them for {method}")
+    if class_name is not None and method not in OF_A_CLASS:
+        raise ExplanationError(f"class: expected it for {' or '.join(OF_A_CLASS)}, got it for {method}")
     layers, heads = config.num_hidden_layers, config.num_attention_heads
     layer = layers if layer is None else layer
     if not 1 <= layer <= layers:
@@ -159,7 +163,7 @@ def explain(
     if method == "attention":
         options = {"layer": layer - 1, "head": int(head) - 1 if head.isdigit() else head}
         description |= {"layer": str(layer), "head": head}
-    elif method in ("gradient rollout", "occlusion"):
+    elif method in OF_A_CLASS:
         description["class"] = names[seen.classes.item()]
     image = denormalize(seen.pixel_values.float().cpu(), processor.image_mean, processor.image_std)[0]
     confidence, answer = probabilities.max(dim=0)

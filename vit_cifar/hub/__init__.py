@@ -1,1 +1,1 @@
-"""Into the package and out of it: other formats of the same models."""
+"""Out into the world and back: cards, Hub repositories, Spaces, other formats."""

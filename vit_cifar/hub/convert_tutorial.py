@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..configuration_vit_cifar import ViTCifarConfig
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..integrity import write_checksums
 from ..modeling_vit_cifar import ViTCifarForImageClassification
 from ..training.arguments import recipe_model
@@ -72,8 +72,9 @@ def _read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and torch raise what they like on a file that is none of theirs
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ConversionError(f"checkpoint: expected a state dict saved by torch.save, got {path}: {reason}") from error
+        raise ConversionError(
+            f"checkpoint: expected a state dict saved by torch.save, got {path}: {first_line(error)}"
+        ) from error
     if not isinstance(tensors, dict):
         raise ConversionError(f"checkpoint: expected a state dict, got {type(tensors).__name__} in {path}")
     for name, tensor in tensors.items():

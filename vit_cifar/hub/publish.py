@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from ..errors import UserError
 from ..evaluation.examination import EXAMINATION_NAME, MISTAKES_NAME, read_examination
 from ..evaluation.metrics import evaluate
-from ..evaluation.records import RECORD_NAME, WEIGHTS_NAME, read_record
+from ..evaluation.records import RECORD_NAME, SAME_ACCURACY, WEIGHTS_NAME, read_record
 from ..integrity import write_checksums
 from ..models import HUB_CARD, load_model
 from ..training.data import DataError, load_split
@@ -41,8 +41,7 @@ AUTO_MAP = {
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 LINK = re.compile(r"\]\((?!https?:|#)([^)]+)\)")
 CLOSE = 1e-4  # of logits and attentions, in two processes on one machine
-# Processors round differently: some images on the border fall to the other side.
-SAME_ACCURACY, SAME_PER_CLASS = 1e-3, 5e-3
+SAME_PER_CLASS = 5 * SAME_ACCURACY
 
 
 class PublishError(UserError):
@@ -222,14 +221,14 @@ def _compare(stated: dict, found: dict[str, float], source: str, tolerance: floa
             raise PublishError(f"record: expected its {name} {expected}, got {value} from {source}")
 
 
-def check_repo_id(repo_id: str) -> None:
-    """Raises PublishError unless it is of the form user/name."""
+def check_repo_id(repo_id: str, name: str = "repo-id") -> None:
+    """Raises PublishError, which calls it `name`, unless it is of the form user/name."""
     try:
         validate_repo_id(repo_id)
         if repo_id.count("/") != 1:
             raise HFValidationError("no user before the name")
     except HFValidationError as error:
-        raise PublishError(f"repo-id: expected user/name, got {repo_id!r}") from error
+        raise PublishError(f"{name}: expected user/name, got {repo_id!r}") from error
 
 
 def check_login() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi, SpaceCard, SpaceCardData
 
-from ..models import HUB_CARD, load_model
+from ..models import HUB_CARD, load_model, split_revision
 from .folder import new_folder
 from .publish import CARD_NAME, PublishError, check_login, check_repo_id, describe_files, hub_errors, upload
 
@@ -30,7 +30,7 @@ def publish_space(
 
     Args:
         repo_id: of the Space, "user/name".
-        model_id: of the model that it shows, on the Hub.
+        model_id: of the model that it shows, on the Hub; at a revision if it says user/name@revision.
         model_revision: branch, tag or commit of the model; None for main. The commit that it is now gets pinned.
         private, output, say: see `publish.publish`.
 
@@ -40,7 +40,9 @@ def publish_space(
         PublishError, ModelError, FolderError: nothing was uploaded, or the upload failed.
     """
     check_repo_id(repo_id)
-    check_repo_id(model_id)
+    model_id, in_name = split_revision(model_id)
+    check_repo_id(model_id, "model-id")
+    model_revision = model_revision or in_name
     if not (HUB_CARD / "space").is_dir():
         raise PublishError(
             "publish-space: expected a checkout of the project, which holds hub_card/ and app.py, got an installation"

@@ -10,6 +10,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from ..errors import first_line
 from .data import CIFAR10_NAME
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -157,7 +158,7 @@ def parse_arguments(argv: list[str]) -> tuple[RecipeArguments, TrainingArguments
         recipe_args, training_args = parser.parse_args_into_dataclasses(argv)
         recipe_args.model = model | _parse_overrides(recipe_args.config_overrides)
     except (ValueError, ImportError) as error:
-        parser.error(str(error).strip().splitlines()[0])
+        parser.error(first_line(error))
     if recipe_args.early_stopping_patience is not None and not training_args.load_best_model_at_end:
         parser.error("early_stopping_patience: expected --load_best_model_at_end with it, got none")
     if recipe_args.optimizer == "muon" and training_args.fp16:

@@ -20,7 +20,7 @@ from torchvision.transforms.v2 import functional as F
 from tqdm.auto import tqdm
 from transformers import ViTImageProcessor
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..images import UNREADABLE
 
 CIFAR10_NAME = "uoft-cs/cifar10"
@@ -93,7 +93,7 @@ def load_rows(dataset_name: str) -> datasets.DatasetDict:
     try:
         return _load_dataset(source)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         if "corresponds to no data" in reason:  # what `datasets` says of a split without rows
             raise DataError(f"{dataset_name}: expected rows in every split, got an empty split: {reason}") from error
         raise DataError(f"dataset_name: expected a dataset on the Hub or a folder, got {source!r}: {reason}") from error

@@ -22,7 +22,7 @@ from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..integrity import SUMS_NAME, DamageError, check_checksums, checkpoints, newest_whole_checkpoint, write_checksums
 from .arguments import RecipeArguments
 from .augmentation import Augmentation
@@ -205,9 +205,9 @@ class ViTCifarTrainer(Trainer):
             free = shutil.disk_usage(self.args.output_dir).free  # torch's own words are of positions in its file
             if self.args.should_save and not (folder / SUMS_NAME).is_file():
                 shutil.rmtree(folder, ignore_errors=True)
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise TrainingError(
-                f"{folder}: cannot be written: {reason}, {free:,} bytes free; {self._newest_whole_checkpoint()}"
+                f"{folder}: cannot be written: {first_line(error)}, {free:,} bytes free; "
+                f"{self._newest_whole_checkpoint()}"
             ) from error
         finally:
             self.args.save_total_limit = limit
