@@ -42,6 +42,11 @@ def test_epoch_log_averages_what_is_logged_within_an_epoch():
     assert epoch_log(history) == [{"epoch": 1, "training_loss": 3.0}, {"epoch": 2, "training_loss": 0.75}]
 
 
+def test_a_training_that_ends_within_an_epoch_has_its_last_row_there():
+    history = [{"epoch": 1.0, "loss": 2.0}, {"epoch": 1.1005, "loss": 1.0}, {"epoch": 1.1005, "train_runtime": 9.0}]
+    assert epoch_log(history) == [{"epoch": 1, "training_loss": 2.0}, {"epoch": 1.1, "training_loss": 1.0}]
+
+
 @pytest.mark.parametrize("form", [["--dataset_name", "/a/folder"], ["--dataset-name=/a/folder"]])
 def test_a_public_command_names_no_folder_of_a_machine(form):
     command = public_command(["train.py", "--recipe", "nano", *form], {"dataset_name": "cifar10-jpeg-q75"})

@@ -129,7 +129,7 @@ def public_command(words: list[str], names: dict[str, str]) -> str:
 
 
 def epoch_log(log_history: list[dict]) -> list[dict]:
-    """Trainer's log -> one row an epoch: epoch, training_loss, validation_loss, validation_accuracy (means of it)."""
+    """Trainer's log -> a row for each epoch: its end and the means of both losses and the validation accuracy."""
     names = {"loss": "training_loss", "eval_loss": "validation_loss", "eval_accuracy": "validation_accuracy"}
     values: dict[int, dict[str, list[float]]] = {}
     for entry in log_history:
@@ -137,8 +137,9 @@ def epoch_log(log_history: list[dict]) -> list[dict]:
         for key, name in names.items():
             if key in entry:
                 epoch.setdefault(name, []).append(entry[key])
+    end = round(max((entry["epoch"] for entry in log_history), default=0), 2)  # may be within the last epoch
     return [
-        {"epoch": epoch} | {name: sum(found) / len(found) for name, found in values[epoch].items()}
+        {"epoch": min(epoch, end)} | {name: sum(found) / len(found) for name, found in values[epoch].items()}
         for epoch in sorted(values)
         if values[epoch]
     ]
