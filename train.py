@@ -25,7 +25,7 @@ from vit_cifar.training.trainer import ViTCifarTrainer, describe_parameters, fin
 
 def main(argv: list[str]) -> None:
     recipe, args, parser = parse_arguments(argv)
-    commit = records.git_commit(Path(__file__).parent)  # before training: a checkout may move on meanwhile
+    commit = records.git_commit(__file__)  # before training: a checkout may move on meanwhile
     try:
         checkpoint, resumed_from_step = find_checkpoint(args)
         start_folder = local_folder(recipe.model_name_or_path) if recipe.model_name_or_path else None
@@ -63,9 +63,8 @@ def main(argv: list[str]) -> None:
     validation, test = (evaluate(model, processor, dataset) for dataset in (validation_set, test_set))
 
     state = trainer.state
-    steps = state.global_step - (resumed_from_step or 0)
-    batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    selected = args.load_best_model_at_end and state.best_global_step
+    passes = epochs_trained * (1 - (resumed_from_step or 0) / state.global_step)
+    selected = args.load_best_model_at_end and state.best_model_checkpoint  # None if a resume did not find it
     kept_step = state.best_global_step if selected else state.global_step
     arguments = vars(recipe) | args.to_dict()
     dataset_name = recipe.dataset_title or records.public_name(recipe.dataset_name)
@@ -99,7 +98,7 @@ def main(argv: list[str]) -> None:
         "resumed_from_step": resumed_from_step,  # the training loss of a resumed epoch is that of its second part
         "wall_time_seconds": round(wall_time, 1),
         # Evaluation and saving are in the time.
-        "images_per_second": round(steps * batch_size / result.metrics["train_runtime"], 1),
+        "images_per_second": round(passes * len(train_set) / result.metrics["train_runtime"], 1),
         "validation_accuracy": validation.accuracy,
         "validation_loss": validation.loss,
         "test_accuracy": test.accuracy,

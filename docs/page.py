@@ -70,7 +70,7 @@ def measure() -> dict:
     model = load_model()[0]
     return {
         "command": "python docs/page.py",
-        "git_commit": records.git_commit(ROOT),
+        "git_commit": records.git_commit(__file__),
         "versions": records.versions() | {name: version(name) for name in ("gradio", "captum")},
         "hardware": records.hardware(),
         "model": DEFAULT_MODEL,

@@ -11,6 +11,15 @@ from helpers import run, skip_or_fail
 from vit_cifar import ViTCifarConfig, ViTCifarForImageClassification
 from vit_cifar.training.data import image_processor
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one core for each; what a test starts inherits it
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two at a time; the slow tests, which load and kill processes, one after the other."""
+    return 0 if config.option.markexpr == "slow" else 2
+
 
 @pytest.fixture(scope="session")
 def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

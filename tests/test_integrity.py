@@ -50,7 +50,7 @@ def test_a_damaged_model_is_refused_and_the_newest_whole_checkpoint_offered(smok
 
 
 def test_what_people_edit_and_what_is_hidden_is_not_listed(tmp_path):
-    for name in ("config.json", "README.md", "picture.png", ".gitattributes"):
+    for name in ("config.json", "README.md", "picture.png", ".gitattributes", "._config.json"):
         (tmp_path / name).write_text(name)
     write_checksums(tmp_path)
     (tmp_path / "README.md").write_text("edited on the Hub")

@@ -24,7 +24,7 @@ class DamageError(UserError):
 def write_checksums(folder: str | Path) -> None:
     """SHA256SUMS of the files in a folder that programs read, all of which are on the disk before it is."""
     folder, lines = Path(folder), []
-    for path in sorted(folder.iterdir()):
+    for path in sorted(folder.glob("[!.]*")):
         if path.is_file() and any(fnmatch(path.name, pattern) for pattern in MODEL_FILES + CHECKPOINT_FILES):
             lines.append(f"{sha256(path)}  {path.name}")
             with path.open("rb") as file:

@@ -1,5 +1,6 @@
 import json
 import shutil
+import subprocess
 
 import pytest
 
@@ -55,4 +56,13 @@ def test_a_public_command_names_no_folder_of_a_machine(form):
 
 
 def test_no_commit_outside_a_checkout(tmp_path):
-    assert git_commit(tmp_path) is None
+    (tmp_path / "train.py").touch()
+    assert git_commit(tmp_path / "train.py") is None
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    assert git_commit(tmp_path / "train.py") is None
+    identity = ["-c", "user.name=n", "-c", "user.email=e"]
+    (tmp_path / "other.py").touch()
+    subprocess.run(["git", "-C", tmp_path, "add", "other.py"], check=True)
+    subprocess.run(["git", "-C", tmp_path, *identity, "commit", "-qm", "another project"], check=True)
+    assert git_commit(tmp_path / "train.py") is None  # it lies in another project's checkout
+    assert len(git_commit(tmp_path / "other.py")) == 40

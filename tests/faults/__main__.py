@@ -37,7 +37,7 @@ ROWS: dict[str, Callable[[], dict]] = {
 def main(names: list[str]) -> None:
     if unknown := set(names) - set(ROWS):
         sys.exit(f"expected rows of {', '.join(ROWS)}, got {', '.join(sorted(unknown))}")
-    commit = records.git_commit(ROOT)  # before the record itself is a change
+    commit = records.git_commit(__file__)  # before the record itself is a change
     for name in names or ROWS:
         figures = ROWS[name]()
         record = json.loads(RECORD.read_text()) if RECORD.is_file() else {}

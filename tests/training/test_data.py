@@ -1,9 +1,10 @@
 import io
-import os
+import sys
 
 import datasets
 import pytest
 import torch
+from helpers import run
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 from transformers import ViTImageProcessor
@@ -87,7 +88,7 @@ def test_unwritable_cache_is_said_and_does_not_stop(tmp_path, own_cache, capsys)
     own_cache.parent.write_text("a file where the folder should be")
     dataset = load_split(folder_of(tmp_path, [picture(1), picture(2)], [0, 1]), "train")
     assert len(dataset) == 2
-    assert "not cached" in capsys.readouterr().out
+    assert "not cached" in capsys.readouterr().err
 
 
 def test_normalize_equals_the_image_processor():
@@ -206,7 +207,13 @@ def test_empty_split_is_named(tmp_path):
         load_split(folder, "train")
 
 
-def test_the_sample_in_the_package_needs_no_network(monkeypatch):
-    monkeypatch.setitem(os.environ, "HF_HUB_OFFLINE", "1")
-    sample = load_split("sample", "test")
-    assert sample.labels.bincount().tolist() == [20] * 10
+def test_the_sample_in_the_package_needs_no_network():
+    script = """
+import sys
+sys.addaudithook(lambda event, args: sys.exit(f"{event} {args}") if event.startswith("socket.") else None)
+from vit_cifar.training.data import load_split
+print(load_split("sample", "test").labels.bincount().tolist())
+"""
+    finished = run(sys.executable, "-c", script, HF_HUB_OFFLINE="0")
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.splitlines()[-1] == str([20] * 10)

@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from transformers import get_scheduler
 
 from vit_cifar import ViTCifarConfig, ViTCifarForImageClassification
 from vit_cifar.training.optimizer import MuonWithAdamW, decayed_parameter_names, muon_parameter_names
@@ -103,6 +104,17 @@ def test_a_scheduler_scales_both():
     optimizer.step()
     scheduler.step()
     assert [group["lr"] for group in optimizer.param_groups] == [0.01, 5e-4, 5e-4]
+
+
+@pytest.mark.parametrize(("name", "words"), [("polynomial", {}), ("cosine_with_min_lr", {"min_lr_rate": 0.1})])
+def test_transformers_schedules_that_ask_for_a_learning_rate_scale_both(name, words):
+    optimizer = MuonWithAdamW(build(), lr=1e-3, muon_lr=0.02, weight_decay=0.1)
+    scheduler = get_scheduler(name, optimizer, 0, 10, scheduler_specific_kwargs=words)
+    for _ in range(5):
+        optimizer.step()
+        scheduler.step()
+    muon, *adamw = (group["lr"] for group in optimizer.param_groups)
+    assert 0 < muon < 0.015 and adamw == pytest.approx([muon / 20, muon / 20])
 
 
 def test_parameters_whose_memory_moves_are_still_trained():

@@ -437,7 +437,7 @@ def benchmark(batch_size: int = 128, rounds: int = 5, steps: int = 3) -> dict:
             pairs += [(a, c) for c in like if a is own or c.number_format == a.number_format]
     return {
         "command": f"vit-cifar benchmark --batch-size {batch_size} --rounds {rounds} --steps {steps}",
-        "git_commit": records.git_commit(Path(__file__).parent),
+        "git_commit": records.git_commit(__file__),
         "versions": records.versions() | {"timm": importlib.metadata.version("timm") if timm_vit(config) else None},
         "hardware": records.hardware(),
         "environment": {name: os.environ[name] for name in ("LD_PRELOAD", "OMP_NUM_THREADS") if name in os.environ},

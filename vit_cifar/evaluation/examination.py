@@ -25,7 +25,7 @@ from ..explain.perturbation import (
 from ..integrity import SUMS_NAME, write_checksums
 from ..modeling_vit_cifar import ViTCifarForImageClassification
 from ..models import load_model
-from ..training.data import ImageDataset, load_split, normalize, split_off_validation
+from ..training.data import DataError, ImageDataset, load_split, normalize, split_off_validation
 from . import records
 from .metrics import calibration_error, doubtful_below, evaluate, fit_temperature, reliability
 
@@ -107,15 +107,18 @@ def examine_folder(folder: Path, dataset_name: str | None, images: int) -> Exami
         raise records.RecordError("record: expected a training that held images out of train, got validation_size 0")
     model, processor = load_model(str(folder))
     columns = (model.config.image_size, arguments["image_column"], arguments["label_column"])
-    train_set, test_set = (load_split(dataset_name, split, *columns) for split in ("train", "test"))
+    try:
+        train_set, test_set = (load_split(dataset_name, split, *columns) for split in ("train", "test"))
+    except DataError as error:
+        raise DataError(f"{error} (--dataset_name names the dataset that the model was trained on)") from error
     _, validation_set = split_off_validation(train_set, arguments["validation_size"], arguments["validation_seed"])
-    examination = examine(model, processor, validation_set, test_set, images)
-    stated, found = record["test_accuracy"], examination.record["test_accuracy"]
+    stated, found = record["test_accuracy"], evaluate(model, processor, test_set).accuracy
     if abs(stated - found) > records.SAME_ACCURACY:
         raise records.RecordError(
             f"dataset_name: expected the dataset of the record's test accuracy, {stated:.2%}, got {found:.2%} on "
             f"{dataset_name}: what was held out of training cannot be told there"
         )
+    examination = examine(model, processor, validation_set, test_set, images)
     same = test_set.fingerprint == record["dataset"]["fingerprints"]["test"]  # a local folder has no name of its own
     name = record["dataset"]["name"] if same else records.public_name(dataset_name)
     command = [
@@ -129,7 +132,7 @@ def examine_folder(folder: Path, dataset_name: str | None, images: int) -> Exami
     ]
     source = {
         "command": shlex.join(command),
-        "git_commit": records.git_commit(Path(__file__).parent),
+        "git_commit": records.git_commit(__file__),
         "versions": records.versions(),
         "hardware": records.hardware(),
         "dataset": name,

@@ -74,11 +74,14 @@ def evaluate(
 def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
     """What to divide the logits by for the smallest cross-entropy (Guo et al. 2017, arXiv:1706.04599, section 4.2).
 
-    Above 1, the model was too sure of itself. Fit it on images held out of training, never on the test split.
+    Above 1, the model was too sure of itself. Fit it on images held out of training, never on the test split. It is 1
+    if every answer is right: the loss would fall without end as the temperature falls.
 
     Args:
         logits: (N, classes). labels: (N,).
     """
+    if (logits.argmax(-1) == labels).all():
+        return 1.0
     log_temperature = torch.zeros(1, requires_grad=True)  # its exponential stays positive
     optimizer = torch.optim.LBFGS([log_temperature], max_iter=100, line_search_fn="strong_wolfe")
 
@@ -114,6 +117,7 @@ def calibration_error(probabilities: torch.Tensor, labels: torch.Tensor, bins: i
         probabilities: (N, classes). labels: (N,).
         bins: of equal width, over the confidence.
     """
+    probabilities = probabilities.clamp(max=1 - torch.finfo(torch.float32).eps)  # torchmetrics gives 1 a bin of its own
     return multiclass_calibration_error(probabilities, labels, probabilities.shape[1], bins, norm="l1").item()
 
 
@@ -121,7 +125,7 @@ def reliability(probabilities: torch.Tensor, labels: torch.Tensor, bins: int = 1
     """The points of a reliability diagram: for each bin of confidence that has images, their mean confidence, their
     accuracy and their number."""
     confidence, prediction = probabilities.max(dim=1)
-    bin_of = (confidence * bins).ceil().long().clamp(1, bins) - 1  # (low, high], as in the calibration error
+    bin_of = (confidence * bins).long().clamp(max=bins - 1)  # [low, high), as in the calibration error
     points = []
     for number in bin_of.unique().tolist():
         inside = bin_of == number

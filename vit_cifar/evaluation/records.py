@@ -90,17 +90,19 @@ def _processor() -> str:
     return platform.processor()
 
 
-def git_commit(folder: str | Path) -> str | None:
-    """Commit of the checkout that `folder` is in, "+changes" added if it has any; None outside a checkout."""
+def git_commit(file: str | Path) -> str | None:
+    """Commit of the checkout that `file` belongs to, "+changes" added if it has any; None if it belongs to none, as an
+    installation that lies within another project's checkout."""
 
     def git(*arguments: str) -> subprocess.CompletedProcess:
-        return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True)
+        return subprocess.run(["git", "-C", str(Path(file).parent), *arguments], capture_output=True, text=True)
 
     try:
-        commit = git("rev-parse", "HEAD")
+        tracked = git("ls-files", "--error-unmatch", Path(file).name)
     except FileNotFoundError:  # no git on this machine
         return None
-    if commit.returncode:
+    commit = git("rev-parse", "HEAD")
+    if tracked.returncode or commit.returncode:
         return None
     return commit.stdout.strip() + ("+changes" if git("status", "--porcelain", "--untracked-files=no").stdout else "")
 
@@ -204,8 +206,13 @@ def fill_tables(page: str, script: str, tables: dict[str, str]) -> str:
     Args:
         script: as in the page's comments, <!-- NAME: made by SCRIPT --> and <!-- end of NAME -->.
         tables: {name: Markdown to stand between the two comments}.
+
+    Raises:
+        ValueError: the page does not have a table's two comments.
     """
     for name, table in tables.items():
         start, end = f"<!-- {name}: made by {script} -->\n", f"<!-- end of {name} -->"
-        page = re.sub(f"{start}.*{end}", lambda _, text=f"{start}{table}\n{end}": text, page, flags=re.DOTALL)
+        page, found = re.subn(f"{start}.*{end}", lambda _, text=f"{start}{table}\n{end}": text, page, flags=re.DOTALL)
+        if found != 1:
+            raise ValueError(f"page: expected {start.strip()} and {end} once, got them {found} times")
     return page

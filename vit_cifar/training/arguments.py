@@ -24,7 +24,7 @@ class RecipeArguments:
 
     recipe: str = field(
         default="finetune",
-        metadata={"help": "name of a shipped recipe, or a YAML file with any of these arguments"},
+        metadata={"help": "name of a shipped recipe, or a YAML file with any of these arguments but output_dir"},
     )
     model_name_or_path: str | None = field(
         default=None,
@@ -126,6 +126,7 @@ def parse_arguments(argv: list[str]) -> tuple[RecipeArguments, TrainingArguments
     parser = HfArgumentParser(
         [RecipeArguments, ViTCifarTrainingArguments],
         prog="train.py",
+        allow_abbrev=False,  # or a record would not recognise a local folder on the command line
         usage="python train.py --recipe NAME --output_dir FOLDER [any argument below]",
         description="Train a ViT-CIFAR model folder that from_pretrained loads, with its record.",
         epilog=f"shipped recipes: {', '.join(recipe_names())}",
@@ -141,7 +142,7 @@ def parse_arguments(argv: list[str]) -> tuple[RecipeArguments, TrainingArguments
     parser.set_defaults(logging_strategy="epoch")  # what a record's rows are made of
 
     if not {"-h", "--help"} & set(argv):
-        first = argparse.ArgumentParser(add_help=False, prog=parser.prog, usage=parser.usage)
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, prog=parser.prog, usage=parser.usage)
         first.add_argument("--recipe")
         first.add_argument("--model_name_or_path", "--model-name-or-path")
         first.add_argument("--output_dir", "--output-dir", required=True)
@@ -157,7 +158,7 @@ def parse_arguments(argv: list[str]) -> tuple[RecipeArguments, TrainingArguments
     try:
         recipe_args, training_args = parser.parse_args_into_dataclasses(argv)
         recipe_args.model = model | _parse_overrides(recipe_args.config_overrides)
-    except (ValueError, ImportError) as error:
+    except (ValueError, TypeError, ImportError) as error:
         parser.error(first_line(error))
     if recipe_args.early_stopping_patience is not None and not training_args.load_best_model_at_end:
         parser.error("early_stopping_patience: expected --load_best_model_at_end with it, got none")
@@ -191,7 +192,7 @@ def _read_recipe(name: str, parser: argparse.ArgumentParser) -> dict:
         parser.error(f"recipe: expected one of {', '.join(recipe_names())} or a YAML file, got {name!r}")
     try:
         recipe = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         parser.error(f"recipe: expected a YAML file, got {name!r}: {' '.join(str(error).split())}")
     if not isinstance(recipe, dict):
         parser.error(f"recipe: expected arguments as `name: value` in {name!r}, got {type(recipe).__name__}")
@@ -209,5 +210,8 @@ def _parse_overrides(text: str | None) -> dict:
         name, equals, value = item.partition("=")
         if not equals:
             raise ValueError(f"config_overrides: expected field=value,field=value, got {item!r}")
-        overrides[name.strip()] = yaml.safe_load(value)
+        try:
+            overrides[name.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"config_overrides: expected field=value,field=value, got {item!r}") from error
     return overrides

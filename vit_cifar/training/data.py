@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from dataclasses import dataclass
 from functools import cache
@@ -105,7 +106,10 @@ def _load_dataset(source: str) -> datasets.DatasetDict:
     except OSError as error:
         if error.errno not in (errno.EROFS, errno.EACCES):
             raise
-        print(f"the cache cannot be written ({error}): {_stand_in()} takes its place until this process ends")
+        print(
+            f"the cache cannot be written ({error}): {_stand_in()} takes its place until this process ends",
+            file=sys.stderr,
+        )
         return datasets.load_dataset(source, cache_dir=_stand_in())
 
 
@@ -207,10 +211,12 @@ def _classes(splits: datasets.DatasetDict, column: str) -> list[str]:
     feature = next(rows.features[column] for rows in splits.values() if column in rows.features)
     if isinstance(feature, datasets.ClassLabel):
         return feature.names
+    if not isinstance(feature, datasets.Value) or "int" not in feature.dtype:
+        raise DataError(f"label_column: expected class labels or whole numbers in {column!r}, got {feature}")
     labels = [label for rows in splits.values() if column in rows.features for label in rows.unique(column)]
     labels = [label for label in labels if label is not None]
-    if not labels or not all(isinstance(label, int) for label in labels):
-        raise DataError(f"label_column: expected class labels or whole numbers in {column!r}, got {feature}")
+    if not labels:
+        raise DataError(f"label_column: expected class labels or whole numbers in {column!r}, got none")
     return [str(index) for index in range(max(labels) + 1)]
 
 
@@ -261,7 +267,7 @@ def _read_cache(path: Path, classes: list[str], fingerprint: str) -> ImageDatase
         with safe_open(path, framework="pt") as file:
             return ImageDataset(file.get_tensor("images"), file.get_tensor("labels"), classes, fingerprint)
     except (SafetensorError, OSError) as error:
-        print(f"cache {path} cannot be read and is made again: {error}")
+        print(f"cache {path} cannot be read and is made again: {error}", file=sys.stderr)
         return None
 
 
@@ -275,4 +281,4 @@ def _write_cache(path: Path, dataset: ImageDataset) -> None:
             save_file(tensors, part)
             os.replace(part, path)
     except OSError as error:
-        print(f"the decoded images are not cached, the next start decodes again: {error}")
+        print(f"the decoded images are not cached, the next start decodes again: {error}", file=sys.stderr)

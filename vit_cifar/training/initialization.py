@@ -29,7 +29,10 @@ def load_start(
         ValueError: the recipe's config fields are wrong, or not among ADAPTABLE for a trained model.
     """
     if folder is None:
-        return None, image_processor(ViTCifarConfig(**recipe.model).image_size)
+        config = ViTCifarConfig(**recipe.model)
+        if config.num_channels != 3:
+            raise ValueError(f"num_channels: expected 3, as images are decoded to RGB, got {config.num_channels}")
+        return None, image_processor(config.image_size)
     if others := [name for name in recipe.model if name not in ADAPTABLE]:
         raise ValueError(
             f"config_overrides: expected {', '.join(ADAPTABLE)} with --model_name_or_path, got {', '.join(others)}"

@@ -55,7 +55,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
             torch.optim.Muon([matrix for _, matrix in self.matrices], lr=muon_lr, weight_decay=weight_decay),
             torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=betas, eps=eps),
         )
-        self.defaults = {}
+        self.defaults = {"lr": lr}  # which transformers' schedules divide by
 
     @property
     def param_groups(self) -> list[dict]:
