@@ -145,6 +145,7 @@ def test_a_finished_training_is_not_overwritten(smoke_folder):
         (["--config_overrides", "hidden_size=33"], "num_attention_heads: expected a divisor of hidden_size 33, got 2"),
         (["--config_overrides", "hiden_size=33"], "hiden_size: expected a field of ViTCifarConfig"),
         (["--config_overrides", "hidden_size=wide"], "Field 'hidden_size' expected int, got str"),
+        (["--config_overrides", "num_channels=1"], "num_channels: expected 3, as images are decoded to RGB, got 1"),
         (["--attn_implementation", "magic"], "magic"),
         (["--attn_implementation", "flash_attention_2"], "FlashAttention2"),
         (["--report_to", "tensorbord"], "tensorbord"),

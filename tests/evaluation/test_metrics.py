@@ -59,6 +59,20 @@ def test_calibration_error_and_reliability_equal_sorting_into_bins_by_hand():
         assert [point["confidence"], point["accuracy"]] == pytest.approx(means[number], abs=1e-5)
 
 
+def test_the_temperature_is_1_where_no_answer_is_wrong():
+    labels = torch.arange(10).repeat(10)
+    logits = 6 * torch.nn.functional.one_hot(labels, 10).float()
+    assert fit_temperature(logits, labels) == 1
+
+
+def test_full_confidence_has_no_bin_of_its_own():
+    probabilities = torch.tensor([[1.0, 0.0], [0.95, 0.05]])
+    labels = torch.tensor([1, 0])
+    (point,) = reliability(probabilities, labels)
+    assert point == pytest.approx({"confidence": 0.975, "accuracy": 0.5, "images": 2})
+    assert calibration_error(probabilities, labels) == pytest.approx(0.475, abs=1e-5)
+
+
 def test_below_the_doubtful_confidence_at_most_half_are_right():
     generator = torch.Generator().manual_seed(0)
     probabilities = (3 * torch.randn(500, 10, generator=generator)).softmax(-1)

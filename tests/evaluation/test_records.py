@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from vit_cifar.evaluation.records import epoch_log, git_commit, public_command, read_record, write_record
+from vit_cifar.evaluation.records import epoch_log, fill_tables, git_commit, public_command, read_record, write_record
 
 
 def test_a_record_belongs_to_its_weights(smoke_folder, tmp_path):
@@ -53,6 +53,13 @@ def test_a_public_command_names_no_folder_of_a_machine(form):
     command = public_command(["train.py", "--recipe", "nano", *form], {"dataset_name": "cifar10-jpeg-q75"})
     assert "/a/folder" not in command
     assert command.startswith("train.py --recipe nano --dataset_name") and command.endswith("cifar10-jpeg-q75")
+
+
+def test_a_table_without_its_place_in_the_page_is_an_error():
+    page = "<!-- a: made by x.py -->\nold\n<!-- end of a -->"
+    assert fill_tables(page, "x.py", {"a": "new"}) == page.replace("old", "new")
+    with pytest.raises(ValueError, match="expected <!-- b: made by x.py --> and <!-- end of b --> once"):
+        fill_tables(page, "x.py", {"b": "new"})
 
 
 def test_no_commit_outside_a_checkout(tmp_path):

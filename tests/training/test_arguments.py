@@ -108,6 +108,11 @@ def test_tutorial_recipes_are_the_tutorials(tmp_path):
             ["--recipe", "nano", "--output_dir", "x", "--config_overrides", "64"],
             "config_overrides: expected field=value",
         ),
+        (
+            ["--recipe", "nano", "--output_dir", "x", "--config_overrides", "stem_widths=[24,48"],
+            r"config_overrides: expected field=value,field=value, got 'stem_widths=\[24",
+        ),
+        (["--recipe", "nano", "--output_dir", "x", "--dataset_na", "folder"], ".*--dataset_na"),
         (["--recipe", "nano", "--output_dir", "x", "--flip", "up"], "argument --flip: invalid choice: 'up'"),
         (
             ["--recipe", "smoke", "--output_dir", "x", "--early_stopping_patience", "1"],
@@ -130,6 +135,7 @@ def test_wrong_commands_end_with_one_line(capsys, argv, message):
         ("learnign_rate: 1", "recipe: expected names of arguments .* got learnign_rate"),
         ("- a list", "recipe: expected arguments as `name: value` in .* got list"),
         ("a: [", "recipe: expected a YAML file"),
+        ("cutmix_probability:", ".*NoneType"),
         ("model: nano", "recipe: expected config fields under model in .* got 'nano'"),
         ("flip: diagonal", "flip: expected one of none, random, alternating, got 'diagonal'"),
         ("optimizer: mun", "optimizer: expected one of muon, adam, trainer, got 'mun'"),

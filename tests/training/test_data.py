@@ -201,6 +201,14 @@ def test_columns_splits_and_datasets_that_are_not_there(tmp_path):
     assert len(load_split(folder, "train", image_column="other")) == 1
 
 
+@pytest.mark.parametrize(("feature", "labels"), [(datasets.Value("bool"), [True, False]), (datasets.Image(), None)])
+def test_labels_that_are_no_numbers_are_named(tmp_path, feature, labels):
+    images = [picture(1), picture(2)]
+    folder = folder_of(tmp_path, images, labels or [{"bytes": image, "path": None} for image in images], feature)
+    with pytest.raises(DataError, match="label_column: expected class labels or whole numbers in 'label', got"):
+        load_split(folder, "train", image_column="img", label_column="label")
+
+
 def test_empty_split_is_named(tmp_path):
     folder = folder_of(tmp_path, [], [])
     with pytest.raises(DataError, match="expected rows in every split, got an empty split: .*train"):
