@@ -106,7 +106,7 @@ def main(argv: list[str]) -> None:
         "test_accuracy_per_class": test.per_class,
         "weights_sha256": records.weights_sha256(args.output_dir),
     }
-    records.write_record(args.output_dir, record)
+    records.write_json(Path(args.output_dir) / records.RECORD_NAME, record)
     records.plot_losses(record, Path(args.output_dir) / "loss_curve.png")
     write_checksums(args.output_dir)
     print(f"validation accuracy {validation.accuracy:.2%}, test accuracy {test.accuracy:.2%}: {args.output_dir}")

@@ -5,7 +5,6 @@ The two classes only coarsen those that the model was trained on, but none of th
 python docs/finetuning.py DATASET OUTPUT_FOLDER
 """
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import datasets
 from PIL import Image
 
-from vit_cifar.evaluation.records import read_record
+from vit_cifar.evaluation.records import read_record, write_json
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "docs" / "finetuning.json"
@@ -64,7 +63,7 @@ def main(dataset_name: str, output_folder: str) -> None:
         record["command"] = record["command"].replace(str(folder), "runs")
         record["arguments"] = {**record["arguments"], "output_dir": output[1].replace(str(folder), "runs")}
         records[name] = record
-    RECORDS.write_text(json.dumps(records, indent=2, ensure_ascii=False) + "\n")
+    write_json(RECORDS, records)
     print(table(records))
 
 

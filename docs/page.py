@@ -3,7 +3,6 @@
 python docs/page.py   # writes page.json; nothing else should run meanwhile
 """
 
-import json
 import os
 import socket
 import statistics
@@ -99,7 +98,7 @@ def words(record: dict) -> str:
 
 def main() -> None:
     record = measure()
-    RECORD.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    records.write_json(RECORD, record)
     print(words(record))
 
 

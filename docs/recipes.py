@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import TrainerCallback
 
 from vit_cifar import ViTCifarForImageClassification, ViTCifarModel
-from vit_cifar.evaluation.records import RECORD_NAME, fill_tables, read_record
+from vit_cifar.evaluation.records import RECORD_NAME, fill_tables, read_record, write_json
 from vit_cifar.modeling_vit_cifar import ViTCifarAttention, ViTCifarConvStem
 from vit_cifar.models import BUNDLED_MODELS, DEFAULT_MODEL
 from vit_cifar.training.augmentation import Augmentation
@@ -232,7 +232,7 @@ def main(dataset_name: str | None = None, output_folder: str = "runs/steps") -> 
             runs = {pool.submit(train, name, dataset_name, Path(output_folder)): name for name in missing}
             for run in as_completed(runs):
                 log[runs[run]] = run.result()
-                LOG.write_text(json.dumps(log, indent=2, ensure_ascii=False) + "\n")
+                write_json(LOG, log)
                 print(f"{run.result()['validation_accuracy']:.2%}  {runs[run]}", flush=True)
     PAGE.write_text(fill(PAGE.read_text(), log))
 

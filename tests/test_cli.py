@@ -9,7 +9,7 @@ from transformers import pipeline
 
 from vit_cifar.evaluation.examination import read_examination
 from vit_cifar.evaluation.metrics import evaluate
-from vit_cifar.evaluation.records import read_record, write_record
+from vit_cifar.evaluation.records import RECORD_NAME, read_record, write_json
 from vit_cifar.images import MAX_DECODED_PIXELS
 from vit_cifar.models import load_model
 from vit_cifar.training.data import load_split
@@ -99,7 +99,7 @@ def test_examine_refuses_what_it_cannot_tell_of(smoke_folder, images_held_out, t
     else:
         record["arguments"]["validation_size"] = 0
         message = "record: expected a training that held images out of train, got validation_size 0"
-    write_record(folder, record)
+    write_json(folder / RECORD_NAME, record)
     answer = vit_cifar("examine", folder, "--images", "2")  # on the record's own dataset
     assert answer.returncode == 2 and message in answer.stderr
     assert read_examination(folder) is None

@@ -167,14 +167,15 @@ def benchmark(
 ) -> None:
     """Time training and inference beside a plain loop, transformers' ViT and timm's, in turns in one process."""
     from .evaluation.benchmark import benchmark as measure
-    from .evaluation.benchmark import report, write
+    from .evaluation.benchmark import report
+    from .evaluation.records import write_json
 
     if output is not None:
         _check_new_file(output)
     record = measure(batch_size, rounds, steps)
     print(report(record))
     if output is not None:
-        write(record, output)
+        write_json(output, record)
 
 
 @app.command()

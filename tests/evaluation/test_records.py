@@ -4,7 +4,15 @@ import subprocess
 
 import pytest
 
-from vit_cifar.evaluation.records import epoch_log, fill_tables, git_commit, public_command, read_record, write_record
+from vit_cifar.evaluation.records import (
+    RECORD_NAME,
+    epoch_log,
+    fill_tables,
+    git_commit,
+    public_command,
+    read_record,
+    write_json,
+)
 
 
 def test_a_record_belongs_to_its_weights(smoke_folder, tmp_path):
@@ -20,7 +28,7 @@ def test_a_record_belongs_to_its_weights(smoke_folder, tmp_path):
     (folder / "training_record.json").unlink()
     with pytest.raises(ValueError, match="expected a training_record.json, got none"):
         read_record(folder)
-    write_record(folder, record)
+    write_json(folder / RECORD_NAME, record)
     assert json.loads((folder / "training_record.json").read_text()) == record
 
 

@@ -48,7 +48,7 @@ def main(names: list[str]) -> None:
             "hardware": records.hardware(),
             "figures": figures,
         }
-        RECORD.write_text(json.dumps(record, indent=2) + "\n")
+        records.write_json(RECORD, record)
         SECURITY.write_text(fill_security(SECURITY.read_text()))  # a test holds them together
         print(name, json.dumps(figures))
 

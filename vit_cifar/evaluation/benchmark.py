@@ -4,7 +4,6 @@ import copy
 import ctypes
 import importlib.metadata
 import importlib.util
-import json
 import os
 import re
 import statistics
@@ -481,7 +480,3 @@ def report(record: dict) -> str:
         f"{pipeline['ratio']['median']:.0f} times per-image PIL transforms",
     ]
     return "\n".join(lines)
-
-
-def write(record: dict, path: Path) -> None:
-    path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")

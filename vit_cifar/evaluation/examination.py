@@ -250,10 +250,7 @@ def write_examination(folder: str | Path, examination: Examination) -> None:
     part = folder / f".{MISTAKES_NAME}.part"
     examination.answers.add_column("weights_sha256", [sha256] * len(examination.answers)).to_parquet(part)
     os.replace(part, folder / MISTAKES_NAME)
-    part = folder / f".{EXAMINATION_NAME}.part"
-    record = {"weights_sha256": sha256} | examination.record
-    part.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-    os.replace(part, folder / EXAMINATION_NAME)
+    records.write_json(folder / EXAMINATION_NAME, {"weights_sha256": sha256} | examination.record)
     if (folder / SUMS_NAME).is_file():
         write_checksums(folder)
 

@@ -29,11 +29,11 @@ def weights_sha256(folder: str | Path) -> str:
     return sha256(Path(folder) / WEIGHTS_NAME)
 
 
-def write_record(folder: str | Path, record: dict) -> None:
+def write_json(path: Path, content: dict) -> None:
     """Whole or not at all: written beside its place, then renamed."""
-    part = Path(folder) / f".{RECORD_NAME}.part"
-    part.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-    os.replace(part, Path(folder) / RECORD_NAME)
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    os.replace(part, path)
 
 
 def read_record(folder: str | Path) -> dict:

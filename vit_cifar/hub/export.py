@@ -94,7 +94,7 @@ def export_model(name: str, kind: str, output_dir: str | Path, dataset_name: str
             "test_accuracy": evaluate(exported, processor, dataset, batch_size=100).accuracy if dataset else None,
             "versions": versions,
         }
-        _write_json(folder / RECORD_NAME, record)
+        records.write_json(folder / RECORD_NAME, record)
     return record
 
 
@@ -161,7 +161,7 @@ def _export_onnx(model: ViTCifarForImageClassification, folder: Path) -> OnnxMod
     program.save(folder / FILES[ONNX], external_data=False)
     # Without auto_map: the folder holds no code that it could name.
     described = {key: value for key, value in model.config.to_diff_dict().items() if key != "auto_map"}
-    _write_json(folder / "config.json", described | {"dtype": "float32"})
+    records.write_json(folder / "config.json", described | {"dtype": "float32"})
     return OnnxModel(folder / FILES[ONNX], model.config)
 
 
@@ -184,7 +184,7 @@ def _export_vit(model: ViTCifarForImageClassification, folder: Path) -> ViTForIm
     stock.save_pretrained(folder)
     # transformers reads this key though it does not write it; its fused default would return no maps.
     settings = json.loads((folder / "config.json").read_text())
-    _write_json(folder / "config.json", settings | {"attn_implementation": "eager"})
+    records.write_json(folder / "config.json", settings | {"attn_implementation": "eager"})
     return AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=False)
 
 
@@ -220,7 +220,3 @@ def _compare(model: nn.Module, exported: nn.Module) -> dict[str, float]:
                 raise ExportError(f"{name}: expected those of the model to {TOLERANCE:g}, got {difference:.1e} off")
             far[name] = max(far[name], difference)
     return far
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from ..errors import UserError
 from ..evaluation.examination import EXAMINATION_NAME, MISTAKES_NAME, read_examination
 from ..evaluation.metrics import evaluate
-from ..evaluation.records import RECORD_NAME, SAME_ACCURACY, WEIGHTS_NAME, read_record
+from ..evaluation.records import RECORD_NAME, SAME_ACCURACY, WEIGHTS_NAME, read_record, write_json
 from ..integrity import write_checksums
 from ..models import HUB_CARD, load_model
 from ..training.data import DataError, load_split
@@ -122,7 +122,7 @@ def build_model_repo(model_dir: str | Path, repo_id: str, folder: Path) -> None:
         shutil.copyfile(Path(__file__).parents[1] / name, folder / name)
     config = json.loads((folder / "config.json").read_text())
     config["auto_map"] = AUTO_MAP  # save_pretrained names only the class that was saved
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_json(folder / "config.json", config)
     model_card(model_dir, repo_id).save(folder / CARD_NAME)
     if examination:
         card_picture(model_dir, examination).savefig(folder / PICTURE_NAME, dpi=110)
