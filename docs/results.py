@@ -84,16 +84,16 @@ def speed() -> str:
             row += f"| {both} | {item['median']:.2f}× ({low:.2f}–{high:.2f}) "
         rows.append(f"{row}|")
     words = [
-        f"`vit-cifar benchmark --batch-size {record['batch_size']['training']}` on two machines of "
+        f"`{record['command']}` and `{older['command']}` on two machines of "
         f"{record['hardware']['cores']} CPU cores, named here by their measured rate of bf16 matrix products; batch "
         f"{record['batch_size']['training']} in training and {record['batch_size']['inference']} in inference; the "
         f"median of {record['rounds']} and {older['rounds']} rounds, their spread.",
     ]
     for found, product in zip(machines, products, strict=True):
         pipeline = found["input_pipeline"]
-        rate, own_shape = (found["share_of_matmul_rate"][shape] for shape in ("2048 x 2048 x 2048", "the MLP's own"))
+        large, own_shape = (found["share_of_matmul_rate"][shape] for shape in ("2048 x 2048 x 2048", "the MLP's own"))
         words.append(
-            f"At {product} our training step reaches {rate:.0%} of that rate and "
+            f"At {product} our training step reaches {large:.0%} of that rate and "
             f"{own_shape:.0%} of that of products in its own MLP's shape; the input pipeline is "
             f"{pipeline['share_of_a_step']:.1%} of a step and {pipeline['ratio']['median']:.0f} times as fast as "
             "per-image PIL transforms."

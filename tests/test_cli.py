@@ -3,7 +3,7 @@ import shutil
 import sys
 
 import pytest
-from helpers import run
+from helpers import copy_to_change, run
 from PIL import Image
 from transformers import pipeline
 
@@ -90,8 +90,7 @@ def test_examine_leaves_its_record_beside_the_weights(smoke_folder, tmp_path):
 @pytest.mark.parametrize("images_held_out", [True, False])
 def test_examine_refuses_what_it_cannot_tell_of(smoke_folder, images_held_out, tmp_path):
     """On another dataset than the record's, or without held-out images, no image is known to be new to the model."""
-    folder = shutil.copytree(smoke_folder, tmp_path / "model")
-    (folder / "SHA256SUMS").unlink()
+    folder = copy_to_change(smoke_folder, tmp_path / "model")
     record = read_record(folder)
     if images_held_out:
         record["test_accuracy"] += 0.1

@@ -240,17 +240,8 @@ def test_the_page_shows_a_model_from_the_hub(shared_hub, tmp_path):
 def test_a_space_in_an_environment_of_its_own(hub, tmp_path):
     """Built in an empty folder, its requirements installed, its app.py started: the page of the pinned model."""
     sha = hub.add_repo("model", MODEL_ID, nano_files())
-    words = [
-        "publish-space",
-        "--repo-id",
-        SPACE_ID,
-        "--model-id",
-        f"{MODEL_ID}@main",
-        "--push",
-        "--output",
-        tmp_path / "space",
-    ]
-    pushed = vit_cifar(hub, tmp_path / "cache", *words)
+    words = ["publish-space", "--repo-id", SPACE_ID, "--model-id", f"{MODEL_ID}@main", "--push"]
+    pushed = vit_cifar(hub, tmp_path / "cache", *words, "--output", tmp_path / "space")
     assert pushed.returncode == 0 and pushed.stderr == "", pushed.stderr
     space = hub.repos["space", SPACE_ID]
     files = space.commits[space.refs["main"]]

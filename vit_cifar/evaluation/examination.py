@@ -55,17 +55,25 @@ def examine(
     validation_set: ImageDataset,
     test_set: ImageDataset,
     images: int = 500,
+    stated: float | None = None,
 ) -> Examination:
     """Numbers of a trained model beyond its accuracy.
 
     Args:
         validation_set: held out of training; the temperature is fitted on it.
         images: how many of the test split the maps are tried on, drawn with seed 0.
+        stated: the test accuracy of the model's record, if there is one.
 
     Raises:
+        RecordError: the test accuracy is not the stated one, so that it is another dataset.
         DataError: a dataset's classes are not those of the model.
     """
     validation, test = (evaluate(model, processor, dataset) for dataset in (validation_set, test_set))
+    if stated is not None and abs(stated - test.accuracy) > records.SAME_ACCURACY:
+        raise records.RecordError(
+            f"dataset_name: expected the dataset of the record's test accuracy, {stated:.2%}, got one with "
+            f"{test.accuracy:.2%}: what was held out of training cannot be told there"
+        )
     temperature = fit_temperature(validation.logits, validation_set.labels)
     calibration = {}
     for name, logits in (("as trained", test.logits), ("with temperature", test.logits / temperature)):
@@ -112,13 +120,7 @@ def examine_folder(folder: Path, dataset_name: str | None, images: int) -> Exami
     except DataError as error:
         raise DataError(f"{error} (--dataset_name names the dataset that the model was trained on)") from error
     _, validation_set = split_off_validation(train_set, arguments["validation_size"], arguments["validation_seed"])
-    stated, found = record["test_accuracy"], evaluate(model, processor, test_set).accuracy
-    if abs(stated - found) > records.SAME_ACCURACY:
-        raise records.RecordError(
-            f"dataset_name: expected the dataset of the record's test accuracy, {stated:.2%}, got {found:.2%} on "
-            f"{dataset_name}: what was held out of training cannot be told there"
-        )
-    examination = examine(model, processor, validation_set, test_set, images)
+    examination = examine(model, processor, validation_set, test_set, images, record["test_accuracy"])
     same = test_set.fingerprint == record["dataset"]["fingerprints"]["test"]  # a local folder has no name of its own
     name = record["dataset"]["name"] if same else records.public_name(dataset_name)
     command = [

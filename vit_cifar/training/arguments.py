@@ -207,11 +207,9 @@ def _read_recipe(name: str, parser: argparse.ArgumentParser) -> dict:
 def _parse_overrides(text: str | None) -> dict:
     overrides = {}
     for item in re.split(r",(?![^\[]*\])", text) if text else []:  # not at the commas of a [list]
-        name, equals, value = item.partition("=")
-        if not equals:
-            raise ValueError(f"config_overrides: expected field=value,field=value, got {item!r}")
         try:
+            name, value = item.split("=", 1)
             overrides[name.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+        except (ValueError, yaml.YAMLError) as error:
             raise ValueError(f"config_overrides: expected field=value,field=value, got {item!r}") from error
     return overrides
