@@ -433,13 +433,33 @@ def test_in_a_browser(subject, page, browser, tmp_path, theme, width):
     tab.close()
 
 
+def test_nothing_can_be_asked_before_the_page_knows_its_picture(page, browser):
+    """Over a slow line a choice would come before it, and take away the maps that are shown."""
+    held = []
+    tab = browser.new_page()
+    tab.route("**/gradio_api/run/predict*", lambda route: held.append(route))
+    tab.goto(page.local_url)
+    layer = tab.get_by_role("group").filter(has_text="Layer").get_by_role("radio").first
+    expect(tab.get_by_alt_text(CLASSIC)).to_be_visible()
+    expect(layer).to_be_disabled()
+    expect(tab.get_by_label("Class to explain")).to_be_disabled()
+    while not held:
+        tab.wait_for_timeout(100)
+    held.pop().continue_()
+    expect(layer).to_be_enabled()
+    expect(tab.get_by_label("Class to explain")).to_be_enabled()
+    tab.close()
+
+
 @VIEWS
 def test_the_tabs_in_a_browser(subject, page, browser, tmp_path, theme, width):
     visit = Visit(browser, page.local_url, theme, width)
     tab = visit.tab
 
     classic = visit.picture(CLASSIC)
-    tab.get_by_role("group").filter(has_text="Layer").get_by_role("radio").first.focus()
+    layer = tab.get_by_role("group").filter(has_text="Layer").get_by_role("radio").first
+    expect(layer).to_be_enabled()
+    layer.focus()
     tab.keyboard.press("Space")
     visit.wait_for_another(CLASSIC, classic)
     classic = visit.picture(CLASSIC)

@@ -121,16 +121,20 @@ def _show(page: gr.Blocks, subject: Subject) -> None:
     # (1, 3, H, W); a browser's tab keeps no more. It is set when the page is opened, because gradio starts a session
     # that it has forgotten with the value given here: this picture's maps beside the visitor's own picture.
     state = gr.State()
-    page.load(
-        lambda known: start.pixel_values if known is None else known,  # a quick visitor's picture may come first
-        *(state, state),
-        queue=False,
-        api_visibility="private",
-    )
     with gr.Tabs():
         maps = tabs.methods(subject, state, start)
         parts = [tabs.layers_and_heads(subject, start), tabs.hide_patches(subject, state, start)]
         tabs.mistakes(subject)
+
+    controls = [control for part in (maps, *parts) for control in part.controls]
+    page.load(
+        # A quick visitor's picture may come first.
+        lambda known: [start.pixel_values if known is None else known, *[gr.update(interactive=True)] * len(controls)],
+        state,
+        [state, *controls],
+        queue=False,
+        api_visibility="private",
+    )
 
     outputs = [source, answer, word, pixels, state]
     outputs += [component for part in (maps, *parts) for component in part.outputs]
@@ -159,9 +163,9 @@ def _show(page: gr.Blocks, subject: Subject) -> None:
         "concurrency_id": "picture",
     }
     events = [
-        source.upload(predict, [source, *maps.choices], outputs, api_name="predict", **options),
+        source.upload(predict, [source, *maps.controls], outputs, api_name="predict", **options),
         upload.upload(
-            predict, [upload, *maps.choices], outputs, api_name="upload", api_visibility="private", **options
+            predict, [upload, *maps.controls], outputs, api_name="upload", api_visibility="private", **options
         ),
     ]
     for button in examples:
@@ -169,7 +173,7 @@ def _show(page: gr.Blocks, subject: Subject) -> None:
         events.append(
             button.click(
                 lambda *choices, icon=icon: predict({"path": icon}, *choices),
-                maps.choices,
+                maps.controls,
                 outputs,
                 api_visibility="private",
                 **options,

@@ -26,23 +26,23 @@ class Tab:
 
     Attributes:
         outputs: what a new picture changes.
-        draw: look at the picture -> the values of `outputs`; the maps' takes their choices as well.
+        draw: look at the picture -> the values of `outputs`; the maps' takes its controls' values as well.
+        controls: what asks for another drawing of the same picture; off until the server knows the picture.
     """
 
     outputs: list[Component]
     draw: Callable[..., list]
+    controls: list[Component]
 
 
 @dataclass(frozen=True)
 class Maps(Tab):
-    """The tab whose choices outlast a picture.
+    """The tab whose controls outlast a picture: class (its name, "" for the model's answer), layer and head.
 
     Attributes:
-        choices: class, layer and head; the class as its name, "" for the model's answer.
         follow: given the event of a new picture, adds occlusion, which takes longer.
     """
 
-    choices: list[Component]
     follow: Callable[[Dependency], None]
 
 
@@ -83,9 +83,10 @@ def methods(subject: Subject, state: gr.State, start: Look) -> Maps:
                 value="",
                 label="Class to explain",
                 info="for gradient rollout and occlusion",
+                interactive=False,
             )
-            layer = gr.Radio(layers, value=layers[-1], label="Layer", info="for attention")
-            head = gr.Radio(heads, value="mean", label="Head", info="for attention")
+            layer = gr.Radio(layers, value=layers[-1], label="Layer", info="for attention", interactive=False)
+            head = gr.Radio(heads, value="mean", label="Head", info="for attention", interactive=False)
             colours = ", ".join(matplotlib.colors.to_hex(matplotlib.colormaps["viridis"](i / 8)) for i in range(9))
             gr.HTML(f'<p class="scale">least <i style="background: linear-gradient(90deg, {colours})"></i> most</p>')
         with gr.Row(elem_id="methods"):
@@ -105,9 +106,9 @@ def methods(subject: Subject, state: gr.State, start: Look) -> Maps:
             )
 
     options = {"show_progress": "minimal", "trigger_mode": "always_last", "concurrency_id": "picture"}
-    choices = [target, layer, head]
-    gr.on([layer.input, head.input], redraw, [state, *choices], quick, api_name="redraw", **options)
-    chosen = target.input(redraw, [state, *choices], quick, api_visibility="private", **options)
+    controls = [target, layer, head]
+    gr.on([layer.input, head.input], redraw, [state, *controls], quick, api_name="redraw", **options)
+    chosen = target.input(redraw, [state, *controls], quick, api_visibility="private", **options)
 
     def follow(event: Dependency, **api: str) -> None:
         event.success(occlude, [state, target], slow, **(api or {"api_visibility": "private"}), **options)
@@ -117,7 +118,7 @@ def methods(subject: Subject, state: gr.State, start: Look) -> Maps:
     def draw_all(seen: Look, layer: int, head: str) -> list:
         return [None, "", *draw(seen, layer, head)]  # occlusion comes later
 
-    return Maps([*slow, *quick], draw_all, choices, follow)
+    return Maps([*slow, *quick], draw_all, controls, follow)
 
 
 def _figure(label: str, alt_text: str, values: Iterator) -> list[Component]:
@@ -138,7 +139,7 @@ def layers_and_heads(subject: Subject, start: Look) -> Tab:
             elem_id="strip",
             **PICTURE,
         )
-    return Tab([strip], lambda seen: [views.strip(subject, seen)])
+    return Tab([strip], lambda seen: [views.strip(subject, seen)], [])
 
 
 def hide_patches(subject: Subject, state: gr.State, start: Look) -> Tab:
@@ -170,8 +171,8 @@ def hide_patches(subject: Subject, state: gr.State, start: Look) -> Tab:
         chances, picture, words = views.nothing_hidden(subject, start)
         with gr.Column():
             said = gr.Markdown(words)
-            one_more = gr.Button("Hide the patch it looks at most", size="sm")
-            none = gr.Button("Show all", size="sm")
+            one_more = gr.Button("Hide the patch it looks at most", size="sm", interactive=False)
+            none = gr.Button("Show all", size="sm", interactive=False)
             answer = gr.Label(chances, label="What it says now", num_top_classes=5)
         # The boxes lie over the picture, one on each patch.
         with gr.Column(elem_id="board"):
@@ -180,7 +181,13 @@ def hide_patches(subject: Subject, state: gr.State, start: Look) -> Tab:
                 picture, label="Click the patches to hide", alt_text="Your picture without the patches", **SQUARE
             )
             cells = gr.CheckboxGroup(
-                names, value=[], label="Hidden patches", container=False, show_label=False, elem_id="cells"
+                names,
+                value=[],
+                label="Hidden patches",
+                container=False,
+                show_label=False,
+                interactive=False,
+                elem_id="cells",
             )
 
     shown = [answer, board, said]
@@ -188,7 +195,9 @@ def hide_patches(subject: Subject, state: gr.State, start: Look) -> Tab:
     cells.input(hide, [state, cells], shown, api_name="hide", **options)
     one_more.click(hide_next, [state, cells], [cells, *shown], api_visibility="private", **options)
     none.click(show_all, state, [cells, *shown], api_visibility="private", **options)
-    return Tab([cells, *shown], lambda seen: [[], *views.nothing_hidden(subject, seen)])
+    return Tab(
+        [cells, *shown], lambda seen: [[], *views.nothing_hidden(subject, seen)], controls=[one_more, none, cells]
+    )
 
 
 def mistakes(subject: Subject) -> None:
