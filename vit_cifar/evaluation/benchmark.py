@@ -361,7 +361,7 @@ def per_image_transform() -> v2.Compose:
     )
 
 
-def input_pipeline(batch_size: int, repeats: int = 20) -> dict:
+def input_pipeline(batch_size: int) -> dict:
     """Images a second of our batches against one PIL image after another with the same augmentation."""
     sample = load_split(SAMPLE_NAME, "train")
     augmentation = Augmentation(len(sample), 0, "random", 4)
@@ -381,7 +381,7 @@ def input_pipeline(batch_size: int, repeats: int = 20) -> dict:
         Contender("whole batch", "uint8", partial(timed, batched)),
         Contender("image by image, PIL", "uint8", partial(timed, one_by_one)),
     ]
-    take_turns(both, 5, repeats // 5, batch_size)
+    take_turns(both, rounds=10, steps=20, batch_size=batch_size)  # fewer steps measure the start of a turn
     return {
         "images_per_second": both[0].row()["images_per_second"],
         "per_image_pil_transforms_images_per_second": both[1].row()["images_per_second"],

@@ -60,19 +60,23 @@ class Augmentation:
 
     def __call__(self, images: torch.Tensor, sample_index: torch.Tensor, epoch: int) -> torch.Tensor:
         """images (B, C, H, W) uint8 of the dataset's rows sample_index (B,) -> the same shape and type."""
-        batch, _, height, width = images.shape
+        batch, channels, height, width = images.shape
         device = images.device
         draws = self.draws(epoch)[sample_index.cpu()].to(device)
         down, right, flip = draws[:, :3].unbind(1)
 
-        # Each image's two sides, padded, of which a window is copied: its rows stay whole, where a gather takes pixels.
-        sides = [images] if self.flip == "none" else [images.flip(3), images]
-        mode = "reflect" if self.shift_fill == "reflect" else "constant"
-        padded = F.pad(torch.cat(sides), [self.max_shift] * 4, padding_mode=mode).unflatten(0, (len(sides), batch))
-        windows = padded.unfold(3, height, 1).unfold(4, width, 1)  # (sides, B, C, shifts down, shifts right, H, W)
-        side = ((flip >= 0.5) & (len(sides) > 1)).long()  # an alternating draw may be 1 exactly
+        # index_select copies what lies together in memory, where an index or a mask takes it pixel by pixel: one side
+        # of each image, then the rows of its window in the padded image, each from where it begins.
+        if self.flip != "none":
+            side = (flip >= 0.5).long() * batch + torch.arange(batch, device=device)
+            images = torch.cat([images.flip(3), images]).index_select(0, side)
         span = 2 * self.max_shift + 1
-        images = windows[side, torch.arange(batch, device=device), :, (down * span).long(), (right * span).long()]
+        mode = "reflect" if self.shift_fill == "reflect" else "constant"
+        padded = F.pad(images, [self.max_shift] * 4, padding_mode=mode)
+        planes = torch.arange(batch * channels, device=device).view(batch, channels, 1) * padded.shape[2]
+        rows = planes + (down * span).long()[:, None, None] + torch.arange(height, device=device)
+        starts = rows * padded.shape[3] + (right * span).long()[:, None, None]
+        images = padded.flatten().unfold(0, width, 1).index_select(0, starts.flatten()).view_as(images)
 
         fill = torch.tensor(self.fill, dtype=images.dtype, device=device)[:, None, None]
         chosen = draws[:, 10] < self.trivial_augment_probability

@@ -57,7 +57,8 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
         indices = torch.as_tensor(indices)
-        return {"pixel_values": self.images[indices], "labels": self.labels[indices], "sample_index": indices}
+        images = self.images.index_select(0, indices)  # copies whole images, where [indices] takes pixel by pixel
+        return {"pixel_values": images, "labels": self.labels[indices], "sample_index": indices}
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return {name: tensor[0] for name, tensor in self.__getitems__([index]).items()}
@@ -73,7 +74,7 @@ def keep_batch(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def normalize(images: torch.Tensor, mean: list[float], std: list[float]) -> torch.Tensor:
     """uint8 (B, C, H, W) to float32, scaled to 0..1, minus mean, divided by std: what the image processor does."""
-    return F.normalize(F.to_dtype(images, torch.float32, scale=True), mean=mean, std=std)
+    return F.normalize(F.to_dtype(images, torch.float32, scale=True), mean=mean, std=std, inplace=True)
 
 
 def image_processor(
