@@ -389,7 +389,7 @@ def input_pipeline(batch_size: int) -> dict:
     }
 
 
-def matmul_rate(number_format: str, rows: int, inner: int, columns: int, products: int = 10, repeats: int = 5) -> float:
+def matmul_rate(number_format: str, rows: int, inner: int, columns: int, repeats: int, products: int = 10) -> float:
     """The best rate that was seen of products (rows, inner) × (inner, columns), in FLOP a second."""
     device = default_device()
     a, b = torch.randn(rows, inner, device=device), torch.randn(inner, columns, device=device)
@@ -416,14 +416,14 @@ def benchmark(batch_size: int = 128, rounds: int = 5, steps: int = 3) -> dict:
         "2048 x 2048 x 2048": (2048, 2048, 2048),
         "the MLP's own": (batch_size * tokens, config.hidden_size, config.intermediate_size),
     }
-    rates = {(n, name): matmul_rate(n, *shape) for n in formats for name, shape in shapes.items()}
+    rates = {(n, name): matmul_rate(n, *shape, rounds) for n in formats for name, shape in shapes.items()}
     with tempfile.TemporaryDirectory() as folder:
         training = training_contenders(config, batch_size, formats, folder)
         take_turns(training, rounds, steps, batch_size)
     inference = inference_contenders(config, 64, formats)
-    take_turns(inference, rounds, 10 * steps, 64)
+    take_turns(inference, rounds, 4 * steps, 64)
     # Before and after: the machine may slow down meanwhile.
-    rates = {(n, name): max(rate, matmul_rate(n, *shapes[name])) for (n, name), rate in rates.items()}
+    rates = {(n, name): max(rate, matmul_rate(n, *shapes[name], rounds)) for (n, name), rate in rates.items()}
     pipeline = input_pipeline(batch_size)
 
     own, flops = training[0], training_flops(config)
