@@ -84,7 +84,8 @@ def speed() -> str:
             row += f"| {both} | {item['median']:.2f}× ({low:.2f}–{high:.2f}) "
         rows.append(f"{row}|")
     words = [
-        f"`{record['command']}` and `{older['command']}` on two machines of "
+        " and ".join(f"`{found['command']}` at commit {found['git_commit'][:7]}" for found in machines),
+        "on two machines of "
         f"{record['hardware']['cores']} CPU cores, named here by their measured rate of bf16 matrix products; batch "
         f"{record['batch_size']['training']} in training and {record['batch_size']['inference']} in inference; the "
         f"median of {record['rounds']} and {older['rounds']} rounds, their spread.",
@@ -95,7 +96,7 @@ def speed() -> str:
         words.append(
             f"At {product} our training step reaches {large:.0%} of that rate and "
             f"{own_shape:.0%} of that of products in its own MLP's shape; the input pipeline is "
-            f"{pipeline['share_of_a_step']:.1%} of a step and {pipeline['ratio']['median']:.0f} times as fast as "
+            f"{pipeline['share_of_a_step']:.2%} of a step and {pipeline['ratio']['median']:.0f} times as fast as "
             "per-image PIL transforms."
         )
     own, _, other = (rate["vit-cifar, train.py, bf16"]["images_per_second"] for rate in rates)

@@ -476,7 +476,7 @@ def report(record: dict) -> str:
     lines += [
         f"matrix products in GFLOP/s: {'; '.join(f'{name}: {rate}' for name, rate in rates.items())}",
         *(f"our training step reaches {share:.0%} of that ({name})" for name, share in shares.items()),
-        f"input pipeline: {pipeline['images_per_second']:,.0f} images/s, {pipeline['share_of_a_step']:.1%} of a step, "
+        f"input pipeline: {pipeline['images_per_second']:,.0f} images/s, {pipeline['share_of_a_step']:.2%} of a step, "
         f"{pipeline['ratio']['median']:.0f} times per-image PIL transforms",
     ]
     return "\n".join(lines)
