@@ -63,7 +63,7 @@ def main(argv: list[str]) -> None:
     validation, test = (evaluate(model, processor, dataset) for dataset in (validation_set, test_set))
 
     state = trainer.state
-    passes = epochs_trained * (1 - (resumed_from_step or 0) / state.global_step)
+    passes = epochs_trained * (1 - (resumed_from_step or 0) / state.global_step)  # of this process
     selected = args.load_best_model_at_end and state.best_model_checkpoint  # None if a resume did not find it
     kept_step = state.best_global_step if selected else state.global_step
     arguments = vars(recipe) | args.to_dict()
@@ -80,7 +80,7 @@ def main(argv: list[str]) -> None:
         "parameters": model.num_parameters(),
         "git_commit": commit,
         "versions": records.versions(),
-        "hardware": records.hardware(),
+        "hardware": records.hardware(args.device),
         "number_format": number_format,
         "attn_implementation": attention,
         "seed": args.seed,
@@ -97,8 +97,8 @@ def main(argv: list[str]) -> None:
         "epoch_selected_on": ("validation" if recipe.validation_size else "test") if selected else None,
         "resumed_from_step": resumed_from_step,  # the training loss of a resumed epoch is that of its second part
         "wall_time_seconds": round(wall_time, 1),
-        # Evaluation and saving are in the time.
-        "images_per_second": round(passes * len(train_set) / result.metrics["train_runtime"], 1),
+        # Evaluation and saving are in the time; None if every step had been made before.
+        "images_per_second": round(passes * len(train_set) / result.metrics["train_runtime"], 1) or None,
         "validation_accuracy": validation.accuracy,
         "validation_loss": validation.loss,
         "test_accuracy": test.accuracy,

@@ -17,6 +17,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from vit_cifar.evaluation.metrics import evaluate
 from vit_cifar.evaluation.records import read_record, weights_sha256
+from vit_cifar.hub.card import model_card
 from vit_cifar.training.data import load_split, split_off_validation
 
 
@@ -128,6 +129,19 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_refused_by_name(smoke_fo
     assert weights_sha256(folder) == weights_sha256(smoke_folder)
 
 
+def test_a_stop_between_the_last_step_and_the_record_costs_nothing(smoke_folder, tmp_path):
+    folder = shutil.copytree(smoke_folder, tmp_path / "run")
+    for name in ("model.safetensors", "training_record.json", "SHA256SUMS"):
+        (folder / name).unlink()
+    resumed = train("--recipe", "smoke", "--output_dir", folder, "--resume_from_checkpoint")
+    assert resumed.returncode == 0, resumed.stderr
+    assert weights_sha256(folder) == weights_sha256(smoke_folder)
+    first, second = read_record(smoke_folder), read_record(folder)
+    assert second["epochs"] == first["epochs"] and second["test_accuracy"] == first["test_accuracy"]
+    assert second["images_per_second"] is None
+    assert "images a second" not in str(model_card(folder, "user/name"))
+
+
 def test_a_finished_training_is_not_overwritten(smoke_folder):
     before = {path: path.stat().st_mtime_ns for path in smoke_folder.rglob("*")}
     refused = train("--recipe", "smoke", "--output_dir", smoke_folder)
@@ -146,6 +160,7 @@ def test_a_finished_training_is_not_overwritten(smoke_folder):
         (["--config_overrides", "hiden_size=33"], "hiden_size: expected a field of ViTCifarConfig"),
         (["--config_overrides", "hidden_size=wide"], "Field 'hidden_size' expected int, got str"),
         (["--config_overrides", "num_channels=1"], "num_channels: expected 3, as images are decoded to RGB, got 1"),
+        (["--optim", "adafactor"], "optim: expected --optimizer trainer with it, got muon"),
         (["--attn_implementation", "magic"], "magic"),
         (["--attn_implementation", "flash_attention_2"], "FlashAttention2"),
         (["--report_to", "tensorbord"], "tensorbord"),

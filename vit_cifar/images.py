@@ -121,15 +121,16 @@ def _to_small_rgb(image: Image.Image) -> Image.Image:
     """Band by band: a converted copy of a large image would need several times its memory."""
     factor = max(1, min(image.size) // SHORTER_SIDE)
     if image.mode == "F":  # what is white in it depends on all its pixels
-        return _to_rgb(image.reduce(factor))
+        return to_rgb(image.reduce(factor))
     small = Image.new("RGB", (image.width // factor, image.height // factor))
     for top in range(0, small.height, 32):
         band = image.crop((0, factor * top, image.width, min(image.height, factor * (top + 32))))
-        small.paste(_to_rgb(band).reduce(factor), (0, top))
+        small.paste(to_rgb(band).reduce(factor), (0, top))
     return small
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Of any of Pillow's modes: alpha over white, 16 bits scaled to 8, floats of 0..1 to 0..255."""
     if image.mode == "F":  # a float TIFF: 0..1 as a rule
         values = np.nan_to_num(np.asarray(image, dtype=np.float64))
         values = values * 255 if values.max(initial=0) <= 1 else values

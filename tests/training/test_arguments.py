@@ -2,6 +2,7 @@ import re
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
 from vit_cifar import ViTCifarConfig
 from vit_cifar.training.arguments import machine_supports_bf16, parse_arguments, recipe_names
@@ -26,6 +27,7 @@ def test_every_shipped_recipe_parses_to_a_model(name, tmp_path):
     recipe, args = parse("--recipe", name, "--output_dir", tmp_path)
     assert ViTCifarConfig(**recipe.model).hidden_size == recipe.model["hidden_size"]
     assert args.num_train_epochs >= 1
+    assert args.save_total_limit != 1  # or Trainer deletes the last checkpoint before the model is saved
 
 
 def test_the_command_line_overrides_the_recipe_and_the_recipe_the_defaults(tmp_path):
@@ -119,7 +121,7 @@ def test_tutorial_recipes_are_the_tutorials(tmp_path):
             "early_stopping_patience: expected",
         ),
         (
-            ["--recipe", "nano", "--output_dir", "x", "--bf16", "0", "--fp16"],
+            ["--recipe", "nano", "--output_dir", "x", "--fp16"],
             "optimizer: expected bf16 or float32 for muon",
         ),
         (["--recipe", "nano", "--output_dir", "x", "--nonsense", "1"], ".*--nonsense"),
@@ -158,3 +160,14 @@ def test_help_puts_our_arguments_first(capsys):
     assert "shipped recipes: finetune, nano, small, small_long, smoke, speedrun, tutorial_basic" in " ".join(
         text.split()
     )
+
+
+def test_one_process_for_several_gpus_is_refused(monkeypatch, capsys):
+    """Trainer would multiply the batch, and the record would not say so."""
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    assert "torchrun --nproc_per_node 2 train.py" in refusal(capsys, "--recipe", "small", "--output_dir", "x")
+
+
+def test_numbers_with_an_exponent_are_numbers():
+    recipe, _ = parse("--recipe", "nano", "--output_dir", "x", "--config_overrides", "layer_norm_eps=1e-6,head=1e")
+    assert recipe.model["layer_norm_eps"] == 1e-6 and recipe.model["head"] == "1e"

@@ -9,6 +9,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as F
 from transformers import ViTImageProcessor
 
+from vit_cifar.images import open_image
 from vit_cifar.training import data
 from vit_cifar.training.data import (
     CIFAR10_MEAN,
@@ -53,6 +54,17 @@ def test_tensors_equal_decoding_each_image(tmp_path):
         assert torch.equal(dataset.images[row], F.pil_to_tensor(Image.open(io.BytesIO(image))))
     assert dataset.labels.tolist() == [0, 1, 0, 1, 1, 0]
     assert dataset.classes == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("mode", ["I;16", "L", "LA", "P", "RGBA"])
+def test_training_sees_what_predict_and_the_page_see(tmp_path, mode):
+    pixels = torch.randint(0, 256, (32, 32, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8).numpy()
+    image = Image.fromarray(pixels[..., 0].astype("uint16") * 257) if mode == "I;16" else Image.fromarray(pixels)
+    image = image if mode == "I;16" else image.convert(mode)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", **({"transparency": 0} if mode == "P" else {}))
+    dataset = load_split(folder_of(tmp_path, [buffer.getvalue()], [0]), "train")
+    assert torch.equal(dataset.images[0], F.pil_to_tensor(open_image(buffer.getvalue())))
 
 
 def test_second_load_reads_the_cache_and_decodes_nothing(tmp_path, monkeypatch, own_cache):

@@ -65,8 +65,8 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
 
 
-def hardware() -> dict[str, str | int | float]:
-    """Processor, cores, processes, threads, memory in GiB and, where there is one, the GPU."""
+def hardware(device: torch.device | None = None) -> dict[str, str | int | float]:
+    """Processor, cores, processes, threads, memory in GiB and, where there is one and `device` is no other, the GPU."""
     found = {
         "cpu": _processor(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -75,7 +75,7 @@ def hardware() -> dict[str, str | int | float]:
         "threads": torch.get_num_threads(),  # of each process
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
     }
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and (device is None or device.type == "cuda"):
         found["gpu"] = torch.cuda.get_device_name()
     return found
 

@@ -23,6 +23,7 @@ SETTINGS = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "label_smoothing_factor"),
     *("flip", "max_shift", "shift_fill", "cutout_size", "cutmix_probability", "trivial_augment_probability", "seed"),
 )
+ONLY_WITH = {"muon_learning_rate": "muon", "optim": "trainer"}  # settings that another optimizer does not read
 
 
 def model_card(folder: str | Path, repo_id: str) -> ModelCard:
@@ -66,7 +67,11 @@ def _fill(folder: Path, repo_id: str) -> str:
         worst=min(per_class, key=per_class.get),
         best=max(per_class, key=per_class.get),
         passes=arguments["num_train_epochs"],
-        settings={name: arguments[name] for name in SETTINGS if name in arguments},
+        settings={
+            name: arguments[name]
+            for name in SETTINGS
+            if name in arguments and arguments["optimizer"] == ONLY_WITH.get(name, arguments["optimizer"])
+        },
         time_and_machine=time_and_machine(record),
         examination=examination,
         calibration_words=calibration_words,

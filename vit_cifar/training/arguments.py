@@ -136,7 +136,8 @@ def parse_arguments(argv: list[str]) -> tuple[RecipeArguments, TrainingArguments
             action.nargs, action.const = "?", "last"
             action.help = "a checkpoint folder; without a value, the newest whole one in output_dir"
     # What depends on the machine comes first, so that a recipe or the command line can say otherwise.
-    parser.set_defaults(bf16=machine_supports_bf16(), dataloader_pin_memory=torch.cuda.is_available())
+    bf16 = machine_supports_bf16() and not _given("fp16", argv)
+    parser.set_defaults(bf16=bf16, dataloader_pin_memory=torch.cuda.is_available())
     parser.set_defaults(use_cpu=not torch.accelerator.is_available())  # else Trainer refuses bf16 on a CPU
     parser.set_defaults(remove_unused_columns=False, restore_callback_states_from_checkpoint=True)
     parser.set_defaults(logging_strategy="epoch")  # what a record's rows are made of
@@ -162,6 +163,13 @@ def parse_arguments(argv: list[str]) -> tuple[RecipeArguments, TrainingArguments
         parser.error(first_line(error))
     if recipe_args.early_stopping_patience is not None and not training_args.load_best_model_at_end:
         parser.error("early_stopping_patience: expected --load_best_model_at_end with it, got none")
+    if training_args.n_gpu > 1:  # Trainer would multiply the batch, and batch norm would see a part of it
+        parser.error(
+            f"expected one process for each of {training_args.n_gpu} GPUs (torchrun --nproc_per_node "
+            f"{training_args.n_gpu} train.py ...) or CUDA_VISIBLE_DEVICES=0, got one process for all of them"
+        )
+    if recipe_args.optimizer != "trainer" and (_given("optim", argv) or _given("optim_args", argv)):
+        parser.error(f"optim: expected --optimizer trainer with it, got {recipe_args.optimizer}")
     if recipe_args.optimizer == "muon" and training_args.fp16:
         parser.error("optimizer: expected bf16 or float32 for muon, got fp16")  # its scaler knows nothing of the views
     if recipe_args.recipe == "finetune" and recipe_args.model_name_or_path is None:
@@ -184,6 +192,11 @@ def recipe_names() -> list[str]:
 def recipe_model(name: str) -> dict:
     """The config fields of a shipped recipe's model."""
     return yaml.safe_load((RECIPES / f"{name}.yaml").read_text())["model"]
+
+
+def _given(name: str, argv: list[str]) -> bool:
+    """Whether the command line has this argument: its value in the result may be a default."""
+    return any(word.partition("=")[0].replace("-", "_") == f"__{name}" for word in argv)
 
 
 def _read_recipe(name: str, parser: argparse.ArgumentParser) -> dict:
@@ -209,7 +222,8 @@ def _parse_overrides(text: str | None) -> dict:
     for item in re.split(r",(?![^\[]*\])", text) if text else []:  # not at the commas of a [list]
         try:
             name, value = item.split("=", 1)
-            overrides[name.strip()] = yaml.safe_load(value)
+            exponent = re.fullmatch(r"[-+]?\d+e[-+]?\d+", value, re.IGNORECASE)  # 1e-6: to YAML a string
+            overrides[name.strip()] = float(value) if exponent else yaml.safe_load(value)
         except (ValueError, yaml.YAMLError) as error:
             raise ValueError(f"config_overrides: expected field=value,field=value, got {item!r}") from error
     return overrides

@@ -22,14 +22,14 @@ from tqdm.auto import tqdm
 from transformers import ViTImageProcessor
 
 from ..errors import UserError, first_line
-from ..images import UNREADABLE
+from ..images import UNREADABLE, to_rgb
 
 CIFAR10_NAME = "uoft-cs/cifar10"
 CIFAR10_MEAN = [0.4914, 0.4822, 0.4465]  # per channel, of pixels scaled to 0..1: the tutorial's numbers
 CIFAR10_STD = [0.2023, 0.1994, 0.2010]
 SAMPLE_NAME = "sample"
 SAMPLE_FOLDER = Path(__file__).parents[1] / "demo" / "assets" / "sample"
-CACHE_FORMAT = "2"  # part of the cache's key: raise it when what is stored changes
+CACHE_FORMAT = "3"  # part of the cache's key: raise it when what is stored changes
 
 
 class DataError(UserError):
@@ -237,13 +237,13 @@ def _images(rows: datasets.Dataset, column: str, split: str, image_size: int) ->
         raise DataError(
             f"image_column: expected a column of type Image, got {column!r} of type {rows.features[column]}"
         )
-    decoder = datasets.Image(mode="RGB")
+    decoder = datasets.Image()
     images = torch.empty(len(rows), 3, image_size, image_size, dtype=torch.uint8)
     encoded = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
     for row, value in enumerate(tqdm(encoded, desc=f"decoding {split}", unit=" images")):
         try:
-            image = F.pil_to_tensor(decoder.decode_example(value[column]))
-        except UNREADABLE as error:
+            image = F.pil_to_tensor(to_rgb(decoder.decode_example(value[column])))
+        except (AttributeError, *UNREADABLE) as error:  # the first of a row without an image, which is None
             raise DataError(
                 f"split {split!r}, row {row}, column {column!r}: expected an image, got {_describe(value[column])}"
             ) from error
