@@ -40,6 +40,7 @@ from . import records
 
 RECIPE = "tutorial_pe_conv"
 WARM_UP_STEPS = 1
+INFERENCE_BATCH = 64
 # transformers' and timm's ViT mix the heads after attention, the tutorial's model does not: like is compared with like.
 PROJECTED = ", with output projection"
 STOCK = "transformers' ViT, stock Trainer, per-image transforms"
@@ -420,8 +421,8 @@ def benchmark(batch_size: int = 128, rounds: int = 5, steps: int = 3) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         training = training_contenders(config, batch_size, formats, folder)
         take_turns(training, rounds, steps, batch_size)
-    inference = inference_contenders(config, 64, formats)
-    take_turns(inference, rounds, 4 * steps, 64)
+    inference = inference_contenders(config, INFERENCE_BATCH, formats)
+    take_turns(inference, rounds, 4 * steps, INFERENCE_BATCH)
     # Before and after: the machine may slow down meanwhile.
     rates = {(n, name): max(rate, matmul_rate(n, *shapes[name], rounds)) for (n, name), rate in rates.items()}
     pipeline = input_pipeline(batch_size)
@@ -441,7 +442,7 @@ def benchmark(batch_size: int = 128, rounds: int = 5, steps: int = 3) -> dict:
         "hardware": records.hardware(),
         "environment": {name: os.environ[name] for name in ("LD_PRELOAD", "OMP_NUM_THREADS") if name in os.environ},
         "model": recipe.model,
-        "batch_size": {"training": batch_size, "inference": 64},
+        "batch_size": {"training": batch_size, "inference": INFERENCE_BATCH},
         "rounds": rounds,
         "training": [c.row() for c in training],
         "inference": [c.row() for c in inference],
