@@ -89,8 +89,8 @@ def speed() -> str:
         f"{record['hardware']['cores']} CPU cores, named here by their measured rate of bf16 matrix products; batch "
         f"{record['batch_size']['training']} in training and {record['batch_size']['inference']} in inference; the "
         f"median of {record['rounds']} and {older['rounds']} rounds, their spread. In bf16 on a CPU `train.py` writes "
-        "attention out (`eager`), because the fused kernel's backward pass is slow there; transformers' and timm's models "
-        "keep their default, the fused one. Most of the training ratio to transformers' ViT is this choice: "
+        "attention out (`eager`), because the fused kernel's backward pass is slow there; transformers' and timm's "
+        "models keep their default, the fused one. Most of the training ratio to transformers' ViT is this choice: "
         '`attn_implementation="eager"` gives it to theirs too.',
     ]
     for found, product in zip(machines, products, strict=True):
