@@ -120,8 +120,9 @@ def test_tutorial_recipes_are_the_tutorials(tmp_path):
             ["--recipe", "smoke", "--output_dir", "x", "--early_stopping_patience", "1"],
             "early_stopping_patience: expected",
         ),
+        (["--recipe", "nano", "--output_dir", "x", "--fp16"], "optimizer: expected bf16 or float32 for muon"),
         (
-            ["--recipe", "nano", "--output_dir", "x", "--fp16"],
+            ["--recipe", "nano", "--output_dir", "x", "--bf16", "0", "--fp16"],
             "optimizer: expected bf16 or float32 for muon",
         ),
         (["--recipe", "nano", "--output_dir", "x", "--nonsense", "1"], ".*--nonsense"),

@@ -59,8 +59,10 @@ def test_tensors_equal_decoding_each_image(tmp_path):
 @pytest.mark.parametrize("mode", ["I;16", "L", "LA", "P", "RGBA"])
 def test_training_sees_what_predict_and_the_page_see(tmp_path, mode):
     pixels = torch.randint(0, 256, (32, 32, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8).numpy()
-    image = Image.fromarray(pixels[..., 0].astype("uint16") * 257) if mode == "I;16" else Image.fromarray(pixels)
-    image = image if mode == "I;16" else image.convert(mode)
+    if mode == "I;16":
+        image = Image.fromarray(pixels[..., 0].astype("uint16") * 257)
+    else:
+        image = Image.fromarray(pixels).convert(mode)
     buffer = io.BytesIO()
     image.save(buffer, "PNG", **({"transparency": 0} if mode == "P" else {}))
     dataset = load_split(folder_of(tmp_path, [buffer.getvalue()], [0]), "train")
