@@ -580,7 +580,7 @@ def test_a_full_queue_says_so(subject, page, client, browser, monkeypatch):
         answer = httpx.post(f"{page.local_url}gradio_api/call/predict", json=body, timeout=PATIENCE)
         assert answer.status_code == 503 and "Queue is full" in answer.json()["detail"]
         visit.tab.get_by_role("button", name="frog icon").click()
-        visit.tab.get_by_text("This application is currently busy. Please try again.").wait_for()
+        visit.tab.get_by_text("This application is currently busy. Please try again.").first.wait_for()
         visit.tab.wait_for_selector("#answer h2", state="detached")  # the dog's answer is not left beside nothing
         expect(visit.tab.get_by_alt_text(OCCLUSION)).to_have_count(0)
     visit.tab.get_by_role("button", name="ship icon").click()
