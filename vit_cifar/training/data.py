@@ -239,23 +239,22 @@ def _images(rows: datasets.Dataset, column: str, split: str, image_size: int) ->
         )
     decoder = datasets.Image()
     images = torch.empty(len(rows), 3, image_size, image_size, dtype=torch.uint8)
-    encoded = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    encoded = rows.cast_column(column, datasets.Image(decode=False))[column]
     for row, value in enumerate(tqdm(encoded, desc=f"decoding {split}", unit=" images")):
+        where = f"split {split!r}, row {row}, column {column!r}"
+        if value is None:
+            raise DataError(f"{where}: expected an image, got none")
         try:
-            image = F.pil_to_tensor(to_rgb(decoder.decode_example(value[column])))
-        except (AttributeError, *UNREADABLE) as error:  # the first of a row without an image, which is None
-            raise DataError(
-                f"split {split!r}, row {row}, column {column!r}: expected an image, got {_describe(value[column])}"
-            ) from error
+            image = F.pil_to_tensor(to_rgb(decoder.decode_example(value)))
+        except UNREADABLE as error:
+            raise DataError(f"{where}: expected an image, got {_describe(value)}") from error
         if image.shape[-2:] != images.shape[-2:]:
             image = F.resize(image, [image_size, image_size], InterpolationMode.BICUBIC, antialias=True)
         images[row] = image
     return images
 
 
-def _describe(value: dict | None) -> str:
-    if value is None:
-        return "none"
+def _describe(value: dict) -> str:
     if value.get("bytes") is None:
         return f"file {value.get('path')!r} that cannot be decoded"
     return f"{len(value['bytes'])} bytes that cannot be decoded"
