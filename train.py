@@ -18,7 +18,7 @@ from vit_cifar.evaluation.metrics import evaluate
 from vit_cifar.integrity import write_checksums
 from vit_cifar.models import local_folder
 from vit_cifar.training.arguments import RecipeArguments, fastest_attention, parse_arguments
-from vit_cifar.training.data import ImageDataset, duplicates, load_split, split_off_validation
+from vit_cifar.training.data import SAMPLE_NAME, ImageDataset, duplicates, load_split, split_off_validation
 from vit_cifar.training.initialization import initial_model, load_start
 from vit_cifar.training.trainer import ViTCifarTrainer, describe_parameters, find_checkpoint
 
@@ -47,10 +47,11 @@ def main(argv: list[str]) -> None:
         print(describe_parameters(model, recipe))
         print(f"{len(train_set):,} training and {len(validation_set):,} validation images on {args.device}")
         if twice:
-            print(f"{len(twice):,} of {len(test_set):,} test images are training images too, as in row {twice[0]}")
+            print(
+                f"{len(twice):,} of {len(test_set):,} test images are training images too, for example row {twice[0]}"
+            )
         print(f"{number_format}, {attention} attention")
     result = trainer.train(resume_from_checkpoint=checkpoint)
-    epochs_trained = trainer.state.epoch
     if not trainer.is_world_process_zero():
         return
     model.save_pretrained(args.output_dir)
@@ -63,18 +64,21 @@ def main(argv: list[str]) -> None:
     validation, test = (evaluate(model, processor, dataset) for dataset in (validation_set, test_set))
 
     state = trainer.state
-    passes = epochs_trained * (1 - (resumed_from_step or 0) / state.global_step)  # of this process
+    passes = state.epoch * (1 - (resumed_from_step or 0) / state.global_step)  # of this process
     selected = args.load_best_model_at_end and state.best_model_checkpoint  # None if a resume did not find it
     kept_step = state.best_global_step if selected else state.global_step
     arguments = vars(recipe) | args.to_dict()
     dataset_name = recipe.dataset_title or records.public_name(recipe.dataset_name)
     public = {"dataset_name": dataset_name}
+    for name in ("recipe", "output_dir", "resume_from_checkpoint"):
+        if arguments[name] not in (None, "last"):  # the second is --resume_from_checkpoint without a value
+            public[name] = records.public_name(arguments[name])
     if recipe.model_name_or_path:
         public["model_name_or_path"] = records.public_name(recipe.model_name_or_path)
         is_local = start_folder == Path(recipe.model_name_or_path)
         public["model_revision"] = records.weights_sha256(start_folder) if is_local else start_folder.name
     record = {
-        "recipe": recipe.recipe,
+        "recipe": public["recipe"],
         "command": records.public_command(["python", "train.py", *argv], public),
         "arguments": arguments | public,
         "parameters": model.num_parameters(),
@@ -86,6 +90,7 @@ def main(argv: list[str]) -> None:
         "seed": args.seed,
         "dataset": {
             "name": dataset_name,
+            "hub_id": None if _is_local(recipe.dataset_name) else recipe.dataset_name,
             "note": recipe.dataset_note,
             "fingerprints": {"train": train_set.fingerprint, "test": test_set.fingerprint},
             "validation_from": "train" if recipe.validation_size else "test",
@@ -93,7 +98,7 @@ def main(argv: list[str]) -> None:
             "test_images_in_train": len(twice),
         },
         "epochs": records.epoch_log(state.log_history),
-        "kept_epoch": round(kept_step / state.global_step * epochs_trained, 2),
+        "kept_epoch": round(kept_step / state.global_step * state.epoch, 2),
         "epoch_selected_on": ("validation" if recipe.validation_size else "test") if selected else None,
         "resumed_from_step": resumed_from_step,  # the training loss of a resumed epoch is that of its second part
         "wall_time_seconds": round(wall_time, 1),
@@ -110,6 +115,10 @@ def main(argv: list[str]) -> None:
     records.plot_losses(record, Path(args.output_dir) / "loss_curve.png")
     write_checksums(args.output_dir)
     print(f"validation accuracy {validation.accuracy:.2%}, test accuracy {test.accuracy:.2%}: {args.output_dir}")
+
+
+def _is_local(dataset_name: str) -> bool:
+    return dataset_name == SAMPLE_NAME or Path(dataset_name).exists()
 
 
 def load_data(recipe: RecipeArguments, image_size: int) -> tuple[ImageDataset, ImageDataset, ImageDataset]:

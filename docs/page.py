@@ -71,7 +71,7 @@ def measure() -> dict:
         "command": "python docs/page.py",
         "git_commit": records.git_commit(__file__),
         "versions": records.versions() | {name: version(name) for name in ("gradio", "captum")},
-        "hardware": records.hardware(),
+        "hardware": records.hardware(model.device),
         "model": DEFAULT_MODEL,
         "parameters": model.num_parameters(),
         "seconds_to_first_prediction": starts,

@@ -61,56 +61,74 @@ def results() -> str:
 
 
 def speed() -> str:
-    """The benchmark's ratios on two machines as Markdown."""
-    record, older, preloaded = (
-        json.loads((ROOT / "docs" / f"benchmark{name}.json").read_text()) for name in ("", "_older", "_tcmalloc")
+    """The benchmark's ratios on two machines that have bf16 units and on one that has none, as Markdown."""
+    record, older, without, preloaded = (
+        json.loads((ROOT / "docs" / f"benchmark{name}.json").read_text())
+        for name in ("", "_older", "_float32", "_tcmalloc")
     )
-    machines = (record, older)
-    rates = [
-        {f"{row['name']}, {row['number_format']}": row for part in ("training", "inference") for row in found[part]}
-        for found in (*machines, preloaded)
-    ]
-    products = [f"{found['matmul_gflops_per_second']['bf16, 2048 x 2048 x 2048']:.0f} GFLOP/s" for found in machines]
-    rows = [
-        f"| ours | theirs | images/s | ours to theirs, {products[0]} | images/s | {products[1]} |",
-        "|---|---|---|---|---|---|",
-    ]
-    for items in zip(*(found["ratios"] for found in machines), strict=True):
-        ours, theirs = items[0]["of"], items[0]["to"]
-        row = f"| {ours} | {theirs} "
-        for item, rate in zip(items, rates[:2], strict=True):
-            low, high = item["spread"]
-            both = " to ".join(f"{rate[name]['images_per_second']:.0f}" for name in (ours, theirs))
-            row += f"| {both} | {item['median']:.2f}× ({low:.2f}–{high:.2f}) "
-        rows.append(f"{row}|")
-    words = [
-        " and ".join(f"`{found['command']}` at commit {found['git_commit'][:7]}" for found in machines),
-        "on two machines of "
-        f"{record['hardware']['cores']} CPU cores, named here by their measured rate of bf16 matrix products; batch "
-        f"{record['batch_size']['training']} in training and {record['batch_size']['inference']} in inference; the "
-        f"median of {record['rounds']} and {older['rounds']} rounds, their spread. In bf16 on a CPU `train.py` writes "
-        "attention out (`eager`), because the fused kernel's backward pass is slow there; transformers' and timm's "
-        "models keep their default, the fused one. Most of the training ratio to transformers' ViT is this choice: "
-        '`attn_implementation="eager"` gives it to theirs too.',
-    ]
-    for found, product in zip(machines, products, strict=True):
-        pipeline = found["input_pipeline"]
-        large, own_shape = (found["share_of_matmul_rate"][shape] for shape in ("2048 x 2048 x 2048", "the MLP's own"))
-        words.append(
-            f"At {product} our training step reaches {large:.0%} of that rate and "
-            f"{own_shape:.0%} of that of products in its own MLP's shape; the input pipeline is "
-            f"{pipeline['share_of_a_step']:.2%} of a step and {pipeline['ratio']['median']:.0f} times as fast as "
-            "per-image PIL transforms."
-        )
-    if len({found["git_commit"] for found in machines}) > 1:
-        words.append("The code became faster between the two commits, the input pipeline above all.")
-    own, _, other = (rate["vit-cifar, train.py, bf16"]["images_per_second"] for rate in rates)
-    words.append(
+    own, other = (_rates(found)["vit-cifar, train.py, bf16"]["images_per_second"] for found in (record, preloaded))
+    notes = [
+        f"The commands: {_commands(record, older)}. The machines have {record['hardware']['cores']} CPU cores and are "
+        f"named here by their measured rate of bf16 matrix products. Batch {record['batch_size']['training']} in "
+        f"training and {record['batch_size']['inference']} in inference; the median of {record['rounds']} and "
+        f"{older['rounds']} rounds, their spread.",
+        "In bf16 on a CPU `train.py` writes attention out (`eager`), because the fused kernel's backward pass is slow "
+        "there; transformers' and timm's models keep their default, the fused one. Most of the training ratio to "
+        'transformers\' ViT is this choice: `attn_implementation="eager"` gives it to theirs too.',
+        *(f"At {_product_rate(found)} {_shares(found)}" for found in (record, older)),
         f"With `LD_PRELOAD` set to tcmalloc's library (Debian's `libtcmalloc-minimal4`) the first machine gave "
         f"{other:.0f} images/s for our training step, {other / own:.2f} times as many as with glibc's allocator in the "
-        "run before, which is within their spread: nothing to gain."
+        "run before, which is within their spread: nothing to gain.",
+    ]
+    if record["git_commit"] != older["git_commit"]:
+        notes[2] += " That was before the input pipeline became faster."
+    parts = [
+        _ratios(record, older),
+        "\n".join(f"- {note}" for note in notes),
+        "A processor without bf16 units, where `train.py` and the benchmark choose float32 by themselves:",
+        _ratios(without),
+        f"{_commands(without)}. At {_product_rate(without)} of float32 matrix products {_shares(without)}",
+    ]
+    return "\n\n".join(parts)
+
+
+def _ratios(*records: dict) -> str:
+    rows = ["| ours | theirs |", "|---|---|"]
+    for found in records:
+        rows[0] += f" images/s | ours to theirs, {_product_rate(found)} |"
+        rows[1] += "---|---|"
+    for items in zip(*(found["ratios"] for found in records), strict=True):
+        ours, theirs = items[0]["of"], items[0]["to"]
+        row = f"| {ours} | {theirs} |"
+        for item, found in zip(items, records, strict=True):
+            low, high = item["spread"]
+            both = " to ".join(f"{_rates(found)[name]['images_per_second']:.0f}" for name in (ours, theirs))
+            row += f" {both} | {item['median']:.2f}× ({low:.2f}–{high:.2f}) |"
+        rows.append(row)
+    return "\n".join(rows)
+
+
+def _rates(found: dict) -> dict[str, dict]:
+    return {f"{row['name']}, {row['number_format']}": row for part in ("training", "inference") for row in found[part]}
+
+
+def _commands(*records: dict) -> str:
+    return " and ".join(f"`{found['command']}` at commit {found['git_commit'][:7]}" for found in records)
+
+
+def _product_rate(found: dict) -> str:
+    """Of large products, in the first format of the record, the machine's faster one."""
+    return f"{next(iter(found['matmul_gflops_per_second'].values()))} GFLOP/s"
+
+
+def _shares(found: dict) -> str:
+    pipeline = found["input_pipeline"]
+    large, own_shape = (found["share_of_matmul_rate"][shape] for shape in ("2048 x 2048 x 2048", "the MLP's own"))
+    return (
+        f"our training step reaches {large:.0%} of that rate and {own_shape:.0%} of that of products in its own MLP's "
+        f"shape; the input pipeline is {pipeline['share_of_a_step']:.2%} of a step and "
+        f"{pipeline['ratio']['median']:.0f} times as fast as per-image PIL transforms."
     )
-    return "\n".join([*rows, "", " ".join(words)])
 
 
 def finetuning() -> str:
@@ -130,8 +148,11 @@ def page() -> str:
 def faults() -> str:
     """What came of each fault that was tried at full size, as Markdown."""
     rows = ["| what | what came out | command |", "|---|---|---|"]
-    for name, row in json.loads((ROOT / "docs" / "faults.json").read_text()).items():
+    record = json.loads((ROOT / "docs" / "faults.json").read_text())
+    for name, row in record.items():
         rows.append(f"| {name.replace('_', ' ')} | {'; '.join(_said(row['figures']))} | `{row['command']}` |")
+    if not record["dependencies"]["figures"]["audit"]["audited"]:
+        rows += ["", "The advisories could not be reached, so pip-audit skipped every package: audit them yourself."]
     return "\n".join(rows)
 
 

@@ -40,7 +40,10 @@ def test_the_folder_loads_and_scores_what_its_record_says(smoke_folder):
 def test_the_record_is_whole(smoke_folder):
     record = read_record(smoke_folder)
     assert record["command"].startswith("python train.py --recipe smoke --output_dir ")
+    assert str(smoke_folder.parent) not in json.dumps(record)  # whose machine it was is nobody's business
+    assert record["arguments"]["output_dir"] == smoke_folder.name
     assert record["arguments"]["optimizer"] == "muon"
+    assert record["dataset"]["hub_id"] is None  # the images in the package
     assert record["arguments"]["per_device_train_batch_size"] == 25
     assert record["dataset"]["images"] == {"train": 250, "validation": 50, "test": 200}
     assert [row["epoch"] for row in record["epochs"]] == list(range(1, 11))
@@ -146,7 +149,7 @@ def test_a_finished_training_is_not_overwritten(smoke_folder):
     before = {path: path.stat().st_mtime_ns for path in smoke_folder.rglob("*")}
     refused = train("--recipe", "smoke", "--output_dir", smoke_folder)
     assert refused.returncode == 2
-    assert "output_dir: expected a folder without a training" in refused.stderr.splitlines()[-1]
+    assert "output_dir: expected a folder that holds no training" in refused.stderr.splitlines()[-1]
     assert before == {path: path.stat().st_mtime_ns for path in smoke_folder.rglob("*")}
 
 

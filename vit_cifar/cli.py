@@ -36,7 +36,7 @@ def _commands() -> None:
 
 @app.command()
 def predict(
-    images: Annotated[list[Path], typer.Argument(help="Image files of any size.", show_default=False)],
+    images: Annotated[list[Path], typer.Argument(help="Image files.", show_default=False)],
     model: ModelOption = None,
     top: Annotated[int, typer.Option(min=1, help="How many classes to print.")] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list for programs.")] = False,
@@ -66,11 +66,18 @@ def evaluate(
         typer.Argument(help="Model folder, user/name or user/name@revision; left out, the one in the checkout."),
     ] = None,
     dataset_name: Annotated[
-        str | None, typer.Option("--dataset_name", "--dataset-name", help="Hub id, local folder, or `sample`.")
+        str | None,
+        typer.Option("--dataset_name", "--dataset-name", help="Hub id, local folder, or `sample`; left out, CIFAR-10."),
     ] = None,
     split: Annotated[str, typer.Option(help="The split to measure on.")] = "test",
-    image_column: Annotated[str | None, typer.Option("--image_column", "--image-column")] = None,
-    label_column: Annotated[str | None, typer.Option("--label_column", "--label-column")] = None,
+    image_column: Annotated[
+        str | None,
+        typer.Option("--image_column", "--image-column", help="Left out, the only column of type Image."),
+    ] = None,
+    label_column: Annotated[
+        str | None,
+        typer.Option("--label_column", "--label-column", help="Left out, the only column of type ClassLabel."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for programs.")] = False,
 ) -> None:
     """Print a model's accuracy on a split, in all and for each class."""
@@ -104,7 +111,8 @@ def explain(
     layer: Annotated[int | None, typer.Option(help="For attention: from 1; left out, the last.")] = None,
     head: Annotated[str, typer.Option(help="For attention: from 1, or mean or max over heads.")] = "mean",
     class_name: Annotated[
-        str | None, typer.Option("--class", help="The class to explain; left out, the model's answer.")
+        str | None,
+        typer.Option("--class", help="For gradient rollout and occlusion: the class to explain; left out, the answer."),
     ] = None,
 ) -> None:
     """Draw where the model looks, as PNG files that say in their metadata what they show."""
@@ -275,7 +283,9 @@ def demo(
 
 
 def _check_new_file(output: Path) -> None:
-    if output.exists() or not output.parent.is_dir():
+    if output.exists():
+        raise UserError(f"output: expected a new file, got {output}, which exists")
+    if not output.parent.is_dir():
         raise UserError(f"output: expected a new file in a folder that exists, got {output}")
 
 

@@ -32,7 +32,10 @@ def _one_line(name: str) -> Iterator[None]:
     except HFValidationError as error:
         raise ModelError(f"model: expected a model folder or a Hub id, got {name!r}: no such folder") from error
     except Exception as error:  # a damaged file or a fault of the network can be of any type in the libraries below
-        raise ModelError(f"model: expected a model folder or a Hub id, got {name!r}: {first_line(error)}") from error
+        where = "" if Path(name).is_dir() else "no such folder, and from the Hub: "
+        raise ModelError(
+            f"model: expected a model folder or a Hub id, got {name!r}: {where}{first_line(error)}"
+        ) from error
 
 
 def split_revision(name: str) -> tuple[str, str | None]:

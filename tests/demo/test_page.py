@@ -161,6 +161,12 @@ def test_a_downloaded_picture_says_what_it_shows(subject, client):
     assert Image.open(found.strip).text["layer"] == f"1 to {LAYERS}"
 
 
+def test_the_first_picture_says_so_too(subject, page):
+    first = next(block for block in page.blocks.values() if getattr(block, "elem_id", None) == "seen")
+    said = Image.open(first.value["path"]).text
+    assert said == {"model": "the-first", "answer": answer_of(subject, EXAMPLES / "dog.png")}
+
+
 def test_another_layer_or_head_redraws_without_an_upload(subject, client):
     path = EXAMPLES / "ship.png"
     predict(client, path)

@@ -7,7 +7,7 @@ from vit_cifar.models import load_model
 from vit_cifar.training.data import load_split
 
 
-def test_a_dataset_with_other_classes_is_refused(tiny_model_folder, tmp_path):
+def test_a_dataset_with_other_classes_is_refused(tiny_model_folder):
     model, processor = load_model(str(tiny_model_folder))
     sample = load_split("sample", "test")
     sample.classes = ["x"] * 10

@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from tests.faults import environment, images, page, training
 from vit_cifar.evaluation import records
 
@@ -45,7 +47,7 @@ def main(names: list[str]) -> None:
             "command": f"python -m tests.faults {name}",
             "git_commit": commit,
             "versions": records.versions(),
-            "hardware": records.hardware(),
+            "hardware": records.hardware(torch.device("cpu")),
             "figures": figures,
         }
         records.write_json(RECORD, record)

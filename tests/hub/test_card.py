@@ -73,7 +73,7 @@ def test_own_classes_have_the_dataset_of_their_own(smoke_folder, tmp_path):
     config["label2id"] = {f"kind {index}": index for index in range(10)}
     (folder / "config.json").write_text(json.dumps(config))
     record = read_record(folder)
-    record["dataset"]["name"] = "user/kinds"
+    record["dataset"] |= {"name": "user/kinds", "hub_id": "user/kinds"}
     record["arguments"] |= {"model_name_or_path": "user/base@v1", "model_revision": "a" * 40}
     change_record(folder, **record)
     card = model_card(folder, "user/mine")

@@ -56,10 +56,27 @@ def test_a_recipe_can_be_a_file_and_numbers_may_be_written_as_1e_3(tmp_path):
     assert recipe.model == {"hidden_size": 48}
 
 
-def test_number_format_is_the_machines_and_can_be_overridden(tmp_path):
-    assert parse("--recipe", "nano", "--output_dir", tmp_path)[1].bf16 == machine_supports_bf16()
-    assert not parse("--recipe", "nano", "--output_dir", tmp_path, "--bf16", "false")[1].bf16
+def test_number_format_is_the_machines_and_can_be_overridden(tmp_path, monkeypatch):
+    nano = ("--recipe", "nano", "--output_dir", tmp_path)
+    assert parse(*nano)[1].bf16 == machine_supports_bf16()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert parse(*nano)[1].bf16
+    assert parse(*nano, "--fp16", "false")[1].bf16
+    assert not parse(*nano, "--bf16", "false")[1].bf16
     assert not parse("--recipe", "tutorial_pe", "--output_dir", tmp_path)[1].bf16  # float32, as the tutorial
+    (tmp_path / "half.yaml").write_text("fp16: true\n")
+    for words in (("--recipe", tmp_path / "half.yaml"), ("--recipe", "tutorial_pe", "--fp16")):
+        args = parse(*words, "--output_dir", tmp_path)[1]
+        assert args.fp16 and not args.bf16
+
+
+def test_with_use_cpu_the_processor_chooses_the_number_format_not_the_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert machine_supports_bf16() and not machine_supports_bf16(use_cpu=True)
 
 
 def test_a_machine_without_bf16_units_trains_in_float32(tmp_path, monkeypatch):
@@ -136,6 +153,7 @@ def test_wrong_commands_end_with_one_line(capsys, argv, message):
     ("text", "message"),
     [
         ("learnign_rate: 1", "recipe: expected names of arguments .* got learnign_rate"),
+        ("optimizer: muon\noptim: adafactor", "optim: expected --optimizer trainer with it, got muon"),
         ("- a list", "recipe: expected arguments as `name: value` in .* got list"),
         ("a: [", "recipe: expected a YAML file"),
         ("cutmix_probability:", ".*NoneType"),

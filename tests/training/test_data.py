@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import run
 from PIL import Image
+from safetensors import SafetensorError
 from torchvision.transforms.v2 import functional as F
 from transformers import ViTImageProcessor
 
@@ -103,6 +104,15 @@ def test_unwritable_cache_is_said_and_does_not_stop(tmp_path, own_cache, capsys)
     dataset = load_split(folder_of(tmp_path, [picture(1), picture(2)], [0, 1]), "train")
     assert len(dataset) == 2
     assert "not cached" in capsys.readouterr().err
+
+
+def test_a_disk_that_is_full_while_caching_is_said_and_does_not_stop(tmp_path, own_cache, capsys, monkeypatch):
+    def full(*_):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(data, "save_file", full)
+    assert len(load_split(folder_of(tmp_path, [picture(1), picture(2)], [0, 1]), "train")) == 2
+    assert "not cached" in capsys.readouterr().err and not list(own_cache.parent.rglob("*.safetensors"))
 
 
 def test_normalize_equals_the_image_processor():

@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import EarlyStoppingCallback
 from transformers.trainer_pt_utils import LabelSmoother
 
 from vit_cifar import ViTCifarConfig, ViTCifarForImageClassification
@@ -99,7 +100,7 @@ def test_nan_or_infinity_stops_before_the_step_and_leaves_what_was_saved(make, t
         trainer.train()
     newest, damaged = newest_whole_checkpoint(tmp_path)
     assert (newest.name, damaged) == ("checkpoint-4", [])
-    assert str(newest) in str(stopped.value)
+    assert str(newest) in str(stopped.value) and "()" not in str(stopped.value)
     saved = load_file(newest / "model.safetensors")
     assert all(torch.equal(saved[name], p) for name, p in trainer.model.named_parameters())  # no step was made of it
 
@@ -110,6 +111,16 @@ def test_a_save_at_the_end_of_an_epoch_holds_its_evaluation(make, tmp_path):
     state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
     assert "eval_loss" in state["log_history"][-1]
     assert (tmp_path / "checkpoint-2").exists()
+
+
+def test_a_resumed_training_has_the_patience_that_it_is_given(make, tmp_path):
+    words = ("--num_train_epochs", "2", "--save_strategy", "epoch", "--eval_strategy", "epoch")
+    words += ("--load_best_model_at_end", "true", "--metric_for_best_model", "accuracy")
+    make(*words, "--early_stopping_patience", "7").train()
+    trainer = make(*words, "--early_stopping_patience", "3", "--num_train_epochs", "3")
+    trainer.train(resume_from_checkpoint=str(newest_whole_checkpoint(tmp_path)[0]))
+    stopping = [c for c in trainer.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
+    assert [callback.early_stopping_patience for callback in stopping] == [3]
 
 
 def test_a_best_checkpoint_that_was_damaged_meanwhile_is_not_taken(make, tmp_path):

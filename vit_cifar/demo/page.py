@@ -11,7 +11,7 @@ from starlette.middleware import Middleware
 from ..images import ImageError, open_image
 from . import tabs
 from .guard import UPLOAD_BYTES, Guard, keep_small, own_cache
-from .views import Subject, caution, load_subjects, open_upload, probabilities, to_picture
+from .views import Subject, caution, load_subjects, open_upload, probabilities, seen_picture
 
 ASSETS = Path(__file__).parent / "assets"
 EXAMPLES = ASSETS / "examples"
@@ -103,7 +103,7 @@ def _show(page: gr.Blocks, subject: Subject) -> None:
             elem_id="source",
         )
         pixels = gr.Image(
-            to_picture(subject.seen(start.pixel_values)[0]),
+            seen_picture(subject, start.pixel_values, chances),
             label="What it sees",
             alt_text="Your picture, shrunk",
             elem_id="seen",
@@ -149,8 +149,7 @@ def _show(page: gr.Blocks, subject: Subject) -> None:
         seen = subject.look(pixel_values, target)
         drawn = [*maps.draw(seen, layer, head), *(value for part in parts for value in part.draw(seen))]
         chances = probabilities(subject, seen.logits[0])
-        said = {"model": subject.name, "answer": max(chances, key=chances.get)}
-        picture = to_picture(subject.seen(pixel_values)[0], said)
+        picture = seen_picture(subject, pixel_values, chances)
         return [upload["path"], chances, caution(subject, chances), picture, pixel_values, *drawn]
 
     # preprocess=False, because gradio decodes the file before any check. source.upload and source.clear, because

@@ -135,6 +135,11 @@ def probabilities(subject: Subject, logits: torch.Tensor) -> dict[str, float]:
     return dict(zip(subject.classes, logits.float().softmax(-1).tolist(), strict=True))
 
 
+def seen_picture(subject: Subject, pixel_values: torch.Tensor, chances: dict[str, float]) -> Image.Image:
+    """The one image of (1, 3, H, W) as the model saw it; its PNG says in its metadata whose answer it is."""
+    return to_picture(subject.seen(pixel_values)[0], {"model": subject.name, "answer": max(chances, key=chances.get)})
+
+
 def caution(subject: Subject, chances: dict[str, float]) -> str:
     """The plain word beside an answer, as Markdown; stronger below the confidence under which half were wrong."""
     always = f"It cannot say “none of these”: any picture is forced into one of its {len(chances)} classes."

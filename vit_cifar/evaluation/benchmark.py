@@ -438,8 +438,9 @@ def benchmark(batch_size: int = 128, rounds: int = 5, steps: int = 3) -> dict:
     return {
         "command": f"vit-cifar benchmark --batch-size {batch_size} --rounds {rounds} --steps {steps}",
         "git_commit": records.git_commit(__file__),
-        "versions": records.versions() | {"timm": importlib.metadata.version("timm") if timm_vit(config) else None},
-        "hardware": records.hardware(),
+        "versions": records.versions()
+        | {"timm": importlib.metadata.version("timm") if importlib.util.find_spec("timm") else None},
+        "hardware": records.hardware(default_device()),
         "environment": {name: os.environ[name] for name in ("LD_PRELOAD", "OMP_NUM_THREADS") if name in os.environ},
         "model": recipe.model,
         "batch_size": {"training": batch_size, "inference": INFERENCE_BATCH},

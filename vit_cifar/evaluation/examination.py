@@ -136,7 +136,7 @@ def examine_folder(folder: Path, dataset_name: str | None, images: int) -> Exami
         "command": shlex.join(command),
         "git_commit": records.git_commit(__file__),
         "versions": records.versions(),
-        "hardware": records.hardware(),
+        "hardware": records.hardware(model.device),
         "dataset": name,
     }
     return Examination(source | examination.record, examination.answers)

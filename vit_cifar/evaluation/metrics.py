@@ -16,7 +16,7 @@ class Evaluation:
     """Result on one split.
 
     Attributes:
-        accuracy: share of images classified rightly, 0..1.
+        accuracy: share of images classified correctly, 0..1.
         loss: mean cross-entropy in nats.
         per_class: class name -> accuracy on the images of that class (recall); a class without images is left out.
         confusion: (classes, classes) counts; row: label, column: prediction.

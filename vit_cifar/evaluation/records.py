@@ -11,6 +11,7 @@ import statistics
 import subprocess
 from pathlib import Path
 
+import psutil
 import torch
 
 from ..errors import UserError
@@ -65,18 +66,18 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
 
 
-def hardware(device: torch.device | None = None) -> dict[str, str | int | float]:
-    """Processor, cores, processes, threads, memory in GiB and, where there is one and `device` is no other, the GPU."""
+def hardware(device: torch.device) -> dict[str, str | int | float]:
+    """Processor, cores, processes, threads, memory in GiB and, if `device` is one, the GPU."""
     found = {
         "cpu": _processor(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "processes": int(os.environ.get("WORLD_SIZE", 1)),  # as torchrun and accelerate launch say it
         "threads": torch.get_num_threads(),  # of each process
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
     }
-    if torch.cuda.is_available() and (device is None or device.type == "cuda"):
-        found["gpu"] = torch.cuda.get_device_name()
+    if device.type != "cpu":
+        found["gpu"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return found
 
 
@@ -108,9 +109,9 @@ def git_commit(file: str | Path) -> str | None:
 
 
 def public_name(name: str) -> str:
-    """A Hub id or a folder of the checkout as it is, a folder of one machine by its last part."""
+    """A Hub id or a path within the checkout as it is, a path of one machine by its last part."""
     path = Path(name)
-    return path.resolve().name if path.exists() and (path.is_absolute() or ".." in path.parts) else name
+    return path.resolve().name if path.is_absolute() or (".." in path.parts and path.exists()) else name
 
 
 def public_command(words: list[str], names: dict[str, str]) -> str:
@@ -172,8 +173,8 @@ def time_and_machine(record: dict) -> str:
     """As in "44 min on 2 CPU cores, bf16 autocast"."""
     hardware, minutes = record["hardware"], record["wall_time_seconds"] / 60
     processes = hardware.get("processes", 1)
-    used = hardware["threads"] * processes
-    machine = f"{used} of " * (used < hardware["cores"]) + f"{hardware['cores']} CPU cores"
+    used, cores = hardware["threads"] * processes, hardware["cores"]
+    machine = f"{used} of " * (used < cores) + f"{cores} CPU core" + "s" * (cores > 1)
     if "gpu" in hardware:
         machine = f"{processes} × " * (processes > 1) + hardware["gpu"]
     return f"{minutes:.{0 if minutes > 10 else 1}f} min on {machine}, {record['number_format']}"

@@ -84,7 +84,7 @@ def _fill(folder: Path, repo_id: str) -> str:
 def _metadata(record: dict, classes: list[str], repo_id: str, examination: dict | None) -> ModelCardData:
     """The card's YAML. A copy of CIFAR-10 is filed under the Hub's, and named as what it is in the results."""
     name = record["dataset"]["name"]
-    hub_id = CIFAR10_NAME if name in CIFAR10_COPIES else name if name.count("/") == 1 else None
+    hub_id = CIFAR10_NAME if name in CIFAR10_COPIES else record["dataset"].get("hub_id")
     of = {
         "task_type": "image-classification",
         "dataset_type": hub_id or name,

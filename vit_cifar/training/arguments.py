@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import string_to_bool
 
 from ..errors import first_line
 from .data import CIFAR10_NAME
@@ -24,7 +25,10 @@ class RecipeArguments:
 
     recipe: str = field(
         default="finetune",
-        metadata={"help": "name of a shipped recipe, or a YAML file with any of these arguments but output_dir"},
+        metadata={
+            "help": "a shipped recipe, or a YAML file with any of these arguments but output_dir, and with config "
+            "fields under model"
+        },
     )
     model_name_or_path: str | None = field(
         default=None,
@@ -79,8 +83,8 @@ class RecipeArguments:
     optimizer: Literal["muon", "adam", "trainer"] = field(
         default="trainer",
         metadata={
-            "help": "muon: Muon for the layers' matrices, AdamW for the rest; adam: torch's Adam with coupled L2; "
-            "trainer: what --optim says"
+            "help": "muon: Muon for the layers' matrices and a conv_stem's filters, AdamW for the rest; adam: torch's "
+            "Adam with coupled L2; trainer: what --optim says"
         },
     )
     muon_learning_rate: float = field(default=0.02, metadata={"help": "for Muon; --learning_rate is for the rest"})
@@ -109,9 +113,9 @@ class ViTCifarTrainingArguments(TrainingArguments):
     _argument_group_name = "transformers.TrainingArguments"
 
 
-def machine_supports_bf16() -> bool:
+def machine_supports_bf16(use_cpu: bool = False) -> bool:
     """Whether bfloat16 is fast here: a GPU that has it, or a CPU with AVX-512 BF16 or AMX."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not use_cpu:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
@@ -135,10 +139,6 @@ def parse_arguments(argv: list[str]) -> tuple[RecipeArguments, TrainingArguments
         if action.dest == "resume_from_checkpoint":
             action.nargs, action.const = "?", "last"
             action.help = "a checkpoint folder; without a value, the newest whole one in output_dir"
-    # What depends on the machine comes first, so that a recipe or the command line can say otherwise.
-    bf16 = machine_supports_bf16() and not _given("fp16", argv)
-    parser.set_defaults(bf16=bf16, dataloader_pin_memory=torch.cuda.is_available())
-    parser.set_defaults(use_cpu=not torch.accelerator.is_available())  # else Trainer refuses bf16 on a CPU
     parser.set_defaults(remove_unused_columns=False, restore_callback_states_from_checkpoint=True)
     parser.set_defaults(logging_strategy="epoch")  # what a record's rows are made of
 
@@ -147,6 +147,8 @@ def parse_arguments(argv: list[str]) -> tuple[RecipeArguments, TrainingArguments
         first.add_argument("--recipe")
         first.add_argument("--model_name_or_path", "--model-name-or-path")
         first.add_argument("--output_dir", "--output-dir", required=True)
+        for name, kind in {"use_cpu": string_to_bool, "fp16": string_to_bool, "optim": str, "optim_args": str}.items():
+            first.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="?", const=True, type=kind)
         given = first.parse_known_args(argv)[0]
         if given.recipe is None and given.model_name_or_path is None:
             parser.error("the following arguments are required: --recipe (or --model_name_or_path)")
@@ -155,6 +157,15 @@ def parse_arguments(argv: list[str]) -> tuple[RecipeArguments, TrainingArguments
         if given.model_name_or_path:
             model = {}  # the trained one's
             recipe.pop("whiten_first_convolution", None)  # it is for new ones
+        # What depends on the machine comes before the recipe, so that this or the command line can say otherwise.
+        # use_cpu without a GPU too, or Trainer refuses bf16.
+        known = {"use_cpu": not torch.accelerator.is_available(), "fp16": False} | recipe
+        known |= {name: value for name, value in vars(given).items() if value is not None}
+        parser.set_defaults(
+            use_cpu=known["use_cpu"],
+            bf16=machine_supports_bf16(known["use_cpu"]) and not known["fp16"],
+            dataloader_pin_memory=torch.cuda.is_available() and not known["use_cpu"],
+        )
         parser.set_defaults(**recipe)
     try:
         recipe_args, training_args = parser.parse_args_into_dataclasses(argv)
@@ -168,7 +179,7 @@ def parse_arguments(argv: list[str]) -> tuple[RecipeArguments, TrainingArguments
             f"expected one process for each of {training_args.n_gpu} GPUs (torchrun --nproc_per_node "
             f"{training_args.n_gpu} train.py ...) or CUDA_VISIBLE_DEVICES=0, got one process for all of them"
         )
-    if recipe_args.optimizer != "trainer" and (_given("optim", argv) or _given("optim_args", argv)):
+    if recipe_args.optimizer != "trainer" and {"optim", "optim_args"} & known.keys():
         parser.error(f"optim: expected --optimizer trainer with it, got {recipe_args.optimizer}")
     if recipe_args.optimizer == "muon" and training_args.fp16:
         parser.error("optimizer: expected bf16 or float32 for muon, got fp16")  # its scaler knows nothing of the views
@@ -192,11 +203,6 @@ def recipe_names() -> list[str]:
 def recipe_model(name: str) -> dict:
     """The config fields of a shipped recipe's model."""
     return yaml.safe_load((RECIPES / f"{name}.yaml").read_text())["model"]
-
-
-def _given(name: str, argv: list[str]) -> bool:
-    """Whether the command line has this argument: its value in the result may be a default."""
-    return any(word.partition("=")[0].replace("-", "_") == f"__{name}" for word in argv)
 
 
 def _read_recipe(name: str, parser: argparse.ArgumentParser) -> dict:

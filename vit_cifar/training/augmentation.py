@@ -59,10 +59,10 @@ class Augmentation:
         return self._draws[1]
 
     def __call__(self, images: torch.Tensor, sample_index: torch.Tensor, epoch: int) -> torch.Tensor:
-        """images (B, C, H, W) uint8 of the dataset's rows sample_index (B,) -> the same shape and type."""
+        """images (B, C, H, W) uint8 of the dataset's rows sample_index (B,), on the CPU -> the same shape and type."""
         batch, channels, height, width = images.shape
         device = images.device
-        draws = self.draws(epoch)[sample_index.cpu()].to(device)
+        draws = self.draws(epoch)[sample_index].to(device)
         down, right, flip = draws[:, :3].unbind(1)
 
         # index_select copies what lies together in memory, where an index or a mask takes it pixel by pixel: one side
@@ -80,7 +80,7 @@ class Augmentation:
 
         fill = torch.tensor(self.fill, dtype=images.dtype, device=device)[:, None, None]
         chosen = draws[:, 10] < self.trivial_augment_probability
-        if chosen.any():
+        if self.trivial_augment_probability and chosen.any():
             images[chosen] = trivial_augment(images[chosen], draws[chosen, 11:], fill)
 
         if self.cutout_size:
@@ -92,7 +92,7 @@ class Augmentation:
 
     def partners(self, sample_index: torch.Tensor, epoch: int) -> torch.Tensor:
         """(B,) indices of the images that those of sample_index (B,) are mixed with."""
-        return (self.draws(epoch)[sample_index.cpu(), 6] * self.num_samples).long()
+        return (self.draws(epoch)[sample_index, 6] * self.num_samples).long()
 
     def cutmix(
         self, images: torch.Tensor, others: torch.Tensor, sample_index: torch.Tensor, epoch: int
@@ -100,7 +100,7 @@ class Augmentation:
         """A window of `others` put into `images`, both augmented: (B, C, H, W), and the share (B,) of each image
         that is still its own. The window's share of the area is uniform in 0..1 before the border cuts it."""
         height, width = images.shape[-2:]
-        draws = self.draws(epoch)[sample_index.cpu()].to(images.device)
+        draws = self.draws(epoch)[sample_index].to(images.device)
         mixed, _, share, row, column = draws[:, 5:10, None].unbind(1)  # (B, 1) each
         side = share.sqrt() * (mixed < self.cutmix_probability)
         window = _window(row, column, height, width, (side * height).long(), (side * width).long())

@@ -280,5 +280,5 @@ def _write_cache(path: Path, dataset: ImageDataset) -> None:
             tensors = {"images": dataset.images, "labels": dataset.labels}
             save_file(tensors, part)
             os.replace(part, path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the second is how safetensors says "disk full"
         print(f"the decoded images are not cached, the next start decodes again: {error}", file=sys.stderr)

@@ -96,7 +96,10 @@ def adapt(
         size = config.image_size
         weights["vit.embeddings.position_embeddings"] = pretrained.vit.embeddings.positions(size, size)
         said.append(f"positions interpolated from {old.image_size} to {size} px")
-    model = ViTCifarForImageClassification._from_config(config, attn_implementation=attn_implementation)
+    # float32, whatever the weights were saved in: a step of 1e-4 is below bf16's resolution.
+    model = ViTCifarForImageClassification._from_config(
+        config, attn_implementation=attn_implementation, dtype=torch.float32
+    )
     if classes != old_classes:
         weights |= {f"classifier.{name}": value for name, value in model.classifier.state_dict().items()}
     model.load_state_dict(weights)

@@ -54,7 +54,7 @@ class Clock(TrainerCallback, ExportableState):
 
 
 class SaveAfterEvaluation(TrainerCallback):
-    """A save that falls on the end of an epoch waits for its evaluation, or one that goes on from it lacks it."""
+    """A save that falls on the end of an epoch waits for its evaluation, which a run resumed from it would lack."""
 
     waiting = False
 
@@ -130,6 +130,7 @@ class ViTCifarTrainer(Trainer):
         inputs = super()._prepare_inputs(inputs)
         images, sample_index = inputs["pixel_values"], inputs.pop("sample_index")
         if self.model.training:
+            sample_index = sample_index.cpu()  # where the draws are; once, because a GPU has to be waited for
             augmentation, epoch = self.augmentation, int(self.state.epoch)
             images = augmentation(images, sample_index, epoch)
             if augmentation.cutmix_probability:
@@ -143,6 +144,13 @@ class ViTCifarTrainer(Trainer):
                 inputs["labels"] = own_labels.lerp(one_hot[other_labels], 1 - own_share[:, None])  # (B, classes)
         inputs["pixel_values"] = normalize(images, self.image_mean, self.image_std)
         return inputs
+
+    def _load_callback_state(self) -> None:
+        """Trainer's; the patience is what this command says, not what the checkpoint's did."""
+        super()._load_callback_state()
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EarlyStoppingCallback):
+                callback.early_stopping_patience = self.recipe.early_stopping_patience
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return decayed_parameter_names(model)
@@ -180,9 +188,10 @@ class ViTCifarTrainer(Trainer):
         norm = nn.utils.get_total_norm(gradients.values()) if self.accelerator.scaler is None else torch.zeros(())
         if not (loss + norm.to(loss.device)).isfinite():
             broken = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
+            first = f" ({', '.join(broken[:2])})" if broken else ""
             raise TrainingError(
                 f"step {self.state.global_step + 1}: expected a finite loss and finite gradients, got a loss of {loss} "
-                f"and {len(broken)} of {len(gradients)} gradients with NaN or infinity ({', '.join(broken[:2])}): "
+                f"and {len(broken)} of {len(gradients)} gradients with NaN or infinity{first}: "
                 f"stopped before this step; {self._newest_whole_checkpoint()}"
             )
         return loss
@@ -233,7 +242,7 @@ def describe_parameters(model: nn.Module, recipe: RecipeArguments) -> str:
     """Two lines for the log: what Muon trains, and what is decayed and what is not, of what is trained at all."""
     sizes = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     by_muon = muon_parameter_names(model) if recipe.optimizer == "muon" else []
-    decayed = [name for name in sizes if recipe.optimizer == "adam" or name in decayed_parameter_names(model)]
+    decayed = list(sizes) if recipe.optimizer == "adam" else [n for n in decayed_parameter_names(model) if n in sizes]
     kept = [name for name in sizes if name not in decayed]
     total = {
         key: sum(sizes[n] for n in names) for key, names in (("muon", by_muon), ("decay", decayed), ("kept", kept))
@@ -256,7 +265,7 @@ def find_checkpoint(args: TrainingArguments) -> tuple[str | None, int | None]:
     if wanted is None:
         if taken := [*output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), *output_dir.glob(SAFE_WEIGHTS_NAME)]:
             raise TrainingError(
-                f"output_dir: expected a folder without a training, got {output_dir} with {taken[0].name}: "
+                f"output_dir: expected a folder that holds no training, got {output_dir} with {taken[0].name}: "
                 "go on with --resume_from_checkpoint or choose another"
             )
         return None, None
