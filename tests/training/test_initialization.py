@@ -24,8 +24,9 @@ def test_the_same_classes_keep_the_head():
     torch.testing.assert_close(model.eval()(IMAGES).logits, pretrained(IMAGES).logits)
 
 
-def test_weights_saved_in_bf16_are_trained_in_float32():
-    pretrained = build().to(torch.bfloat16)
+def test_weights_saved_in_bf16_are_trained_in_float32(tmp_path):
+    build().to(torch.bfloat16).save_pretrained(tmp_path)
+    pretrained = ViTCifarForImageClassification.from_pretrained(tmp_path)
     model, _ = adapt(pretrained, ["animal", "vehicle"], "eager")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert torch.equal(model.vit.embeddings.cls_token, pretrained.vit.embeddings.cls_token.float())
