@@ -30,6 +30,8 @@ def runs() -> dict[str, list[tuple[str, dict]]]:
     seeds = sorted((ROOT / "docs" / "speedrun").glob("seed_*.json"))
     if seeds:
         rows["speedrun"] = [(str(path.relative_to(ROOT)), json.loads(path.read_text())) for path in seeds]
+    path = "docs/speedrun/float32.json"
+    rows["speedrun, a processor without bf16 units"] = [(path, json.loads((ROOT / path).read_text()))]
     for variant in ("basic", "pe", "pe_conv"):
         for ending, protocol in (("", ""), ("_validation_out_of_train", ", validation out of train")):
             path = f"docs/tutorial/tutorial_{variant}{ending}.json"

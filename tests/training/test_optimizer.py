@@ -5,7 +5,13 @@ import torch
 from transformers import get_scheduler
 
 from vit_cifar import ViTCifarConfig, ViTCifarForImageClassification
-from vit_cifar.training.optimizer import MuonWithAdamW, decayed_parameter_names, muon_parameter_names
+from vit_cifar.training.optimizer import (
+    Muon,
+    MuonWithAdamW,
+    decayed_parameter_names,
+    muon_parameter_names,
+    orthogonalize,
+)
 
 
 def build() -> ViTCifarForImageClassification:
@@ -55,7 +61,8 @@ def test_a_plain_patch_embedding_is_not_for_muon(embedding):
     assert all(".layers." in name for name in muon_parameter_names(model))
 
 
-def test_equals_the_two_optimizers_by_hand():
+def test_equals_the_two_optimizers_by_hand(monkeypatch):
+    monkeypatch.setattr("vit_cifar.training.optimizer.machine_supports_bf16", lambda use_cpu: True)
     model, twin = build(), build()
     train(model, MuonWithAdamW(model, lr=1e-3, muon_lr=0.02, weight_decay=0.1))
 
@@ -83,6 +90,35 @@ def test_equals_the_two_optimizers_by_hand():
         twin.zero_grad()
     for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
         assert torch.equal(p, q), name
+
+
+@pytest.mark.parametrize("shape", [(8, 24), (24, 8), (8, 8)])
+def test_without_bf16_units_muon_makes_about_the_same_steps_in_float32(shape, monkeypatch):
+    generator, formats = torch.Generator().manual_seed(0), []
+    monkeypatch.setattr("vit_cifar.training.optimizer.machine_supports_bf16", lambda use_cpu: False)
+
+    def noted(matrix, number_format):
+        formats.append(number_format)
+        return orthogonalize(matrix, number_format)
+
+    monkeypatch.setattr("vit_cifar.training.optimizer.orthogonalize", noted)
+    start = torch.randn(shape, generator=generator)
+    own, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    steps = Muon([own], 0.02, 0.1), torch.optim.Muon([theirs], 0.02, 0.1)
+    for _ in range(5):
+        own.grad = theirs.grad = torch.randn(shape, generator=generator)
+        for one in steps:
+            one.step()
+    assert set(formats) == {torch.float32}
+    torch.testing.assert_close(own - start, theirs - start, rtol=0.05, atol=0.002)
+
+
+def test_what_is_orthogonalized_has_singular_values_near_one():
+    matrix = torch.randn(12, 30, generator=torch.Generator().manual_seed(0))
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    found = left.T @ orthogonalize(matrix, torch.float32) @ right.T
+    values = found.diag()
+    assert (found - values.diag()).abs().max() < 1e-4 and values.min() > 0.5 and values.max() < 1.5
 
 
 def test_a_loaded_state_goes_on_as_if_unbroken():
