@@ -596,6 +596,7 @@ def test_a_full_queue_says_so(subject, page, client, browser, monkeypatch):
 
 def test_clearing_and_dropping_in_a_browser(subject, page, browser):
     visit = Visit(browser, page.local_url, "light", 1280)
+    expect(visit.tab.get_by_label("Class to explain")).to_be_enabled()  # a drop on a page that is not ready is lost
     seen = visit.picture(SEEN)
     file = visit.tab.evaluate_handle(
         """async () => {
