@@ -59,10 +59,7 @@ def main(dataset_name: str, output_folder: str) -> None:
         output = ["--output_dir", str(folder / name.replace(" ", "_").replace(",", ""))]
         data = ["--dataset_name", str(folder / "animals-vehicles-48px")]
         subprocess.run([sys.executable, "train.py", *words, *data, *output], cwd=ROOT, check=True)
-        record = read_record(output[1])
-        record["command"] = record["command"].replace(str(folder), "runs")
-        record["arguments"] = {**record["arguments"], "output_dir": output[1].replace(str(folder), "runs")}
-        records[name] = record
+        records[name] = read_record(output[1])
     write_json(RECORDS, records)
     print(table(records))
 

@@ -69,6 +69,8 @@ def speed() -> str:
         for name in ("", "_older", "_float32", "_tcmalloc")
     )
     own, other = (_rates(found)["vit-cifar, train.py, bf16"]["images_per_second"] for found in (record, preloaded))
+    renewed = record["git_commit"] == older["git_commit"]
+    earlier = "" if renewed else " That was before the input pipeline became faster."
     notes = [
         f"The commands: {_commands(record, older)}. The machines have {record['hardware']['cores']} CPU cores and are "
         f"named here by their measured rate of bf16 matrix products. Batch {record['batch_size']['training']} in "
@@ -77,13 +79,12 @@ def speed() -> str:
         "In bf16 on a CPU `train.py` writes attention out (`eager`), because the fused kernel's backward pass is slow "
         "there; transformers' and timm's models keep their default, the fused one. Most of the training ratio to "
         'transformers\' ViT is this choice: `attn_implementation="eager"` gives it to theirs too.',
-        *(f"At {_product_rate(found)} {_shares(found)}" for found in (record, older)),
+        f"At {_product_rate(record)} {_shares(record)}{earlier}",
+        f"At {_product_rate(older)} {_shares(older)}",
         f"With `LD_PRELOAD` set to tcmalloc's library (Debian's `libtcmalloc-minimal4`) the first machine gave "
         f"{other:.0f} images/s for our training step, {other / own:.2f} times as many as with glibc's allocator in the "
         "run before, which is within their spread: nothing to gain.",
     ]
-    if record["git_commit"] != older["git_commit"]:
-        notes[2] += " That was before the input pipeline became faster."
     parts = [
         _ratios(record, older),
         "\n".join(f"- {note}" for note in notes),

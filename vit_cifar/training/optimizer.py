@@ -46,15 +46,19 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, matrices: list[nn.Parameter], lr: float, weight_decay: float):
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
+        on_cpu = self.param_groups[0]["params"][0].device.type == "cpu"
+        self.number_format = torch.bfloat16 if machine_supports_bf16(on_cpu) else torch.float32
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
         for group in self.param_groups:
             for p in (p for p in group["params"] if p.grad is not None):
-                number_format = torch.bfloat16 if machine_supports_bf16(p.device.type == "cpu") else torch.float32
-                average = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
+                state = self.state[p]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(p.grad)
+                average = state["momentum_buffer"]
                 average.lerp_(p.grad, 1 - self.momentum)
-                update = orthogonalize(p.grad.lerp(average, self.momentum), number_format)
+                update = orthogonalize(p.grad.lerp(average, self.momentum), self.number_format)
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update, alpha=-group["lr"] * max(1, len(p) / p.shape[1]) ** 0.5)
 
