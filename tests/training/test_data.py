@@ -154,6 +154,21 @@ def test_validation_is_stratified_seeded_and_disjoint():
     assert not torch.equal(split_off_validation(dataset, 100, seed=1)[1].images, validation.images)
 
 
+def test_validation_is_what_datasets_draws():
+    labels = torch.randint(3, (300,), generator=torch.Generator().manual_seed(0))
+    features = datasets.Features({"row": datasets.Value("int64"), "label": datasets.ClassLabel(num_classes=3)})
+    table = datasets.Dataset.from_dict({"row": range(300), "label": labels.tolist()}, features=features)
+    parts = table.train_test_split(test_size=40, stratify_by_column="label", seed=5)
+    for found, expected in zip(split_off_validation(labelled(labels), 40, seed=5), parts.values(), strict=True):
+        rows = found.images.flatten(1).contiguous().view(torch.int32).flatten().tolist()
+        assert rows == sorted(expected["row"])
+
+
+def test_a_class_of_one_image_cannot_be_split():
+    with pytest.raises(DataError, match="expected at least two images of each class to draw from, got one of '2'"):
+        split_off_validation(labelled(torch.tensor([0, 0, 1, 1, 2, 0, 1])), 3, seed=0)
+
+
 @pytest.mark.parametrize("size", [0, 9, 1000, 2000])
 def test_impossible_validation_sizes_are_refused(size):
     with pytest.raises(DataError, match=f"validation_size: expected 10 .* to 999, got {size}"):

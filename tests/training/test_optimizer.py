@@ -62,7 +62,7 @@ def test_a_plain_patch_embedding_is_not_for_muon(embedding):
 
 
 def test_equals_the_two_optimizers_by_hand(monkeypatch):
-    monkeypatch.setattr("vit_cifar.training.optimizer.machine_supports_bf16", lambda use_cpu: True)
+    monkeypatch.setattr(torch.optim._muon, "_zeropower_via_newtonschulz", lambda update, *_: orthogonalize(update))
     model, twin = build(), build()
     train(model, MuonWithAdamW(model, lr=1e-3, muon_lr=0.02, weight_decay=0.1))
 
@@ -93,15 +93,8 @@ def test_equals_the_two_optimizers_by_hand(monkeypatch):
 
 
 @pytest.mark.parametrize("shape", [(8, 24), (24, 8), (8, 8)])
-def test_without_bf16_units_muon_makes_about_the_same_steps_in_float32(shape, monkeypatch):
-    generator, formats = torch.Generator().manual_seed(0), []
-    monkeypatch.setattr("vit_cifar.training.optimizer.machine_supports_bf16", lambda use_cpu: False)
-
-    def noted(matrix, number_format):
-        formats.append(number_format)
-        return orthogonalize(matrix, number_format)
-
-    monkeypatch.setattr("vit_cifar.training.optimizer.orthogonalize", noted)
+def test_makes_about_the_steps_of_torchs_muon_in_bf16(shape):
+    generator = torch.Generator().manual_seed(0)
     start = torch.randn(shape, generator=generator)
     own, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
     steps = Muon([own], 0.02, 0.1), torch.optim.Muon([theirs], 0.02, 0.1)
@@ -109,16 +102,23 @@ def test_without_bf16_units_muon_makes_about_the_same_steps_in_float32(shape, mo
         own.grad = theirs.grad = torch.randn(shape, generator=generator)
         for one in steps:
             one.step()
-    assert set(formats) == {torch.float32}
     torch.testing.assert_close(own - start, theirs - start, rtol=0.05, atol=0.002)
 
 
-def test_what_is_orthogonalized_has_singular_values_near_one():
-    matrix = torch.randn(12, 30, generator=torch.Generator().manual_seed(0))
-    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-    found = left.T @ orthogonalize(matrix, torch.float32) @ right.T
-    values = found.diag()
-    assert (found - values.diag()).abs().max() < 1e-4 and values.min() > 0.5 and values.max() < 1.5
+@pytest.mark.parametrize("shape", [(48, 200), (200, 48), (48, 48)])
+def test_orthogonalizes_as_newton_and_schulz_do_step_by_step(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    values = torch.logspace(0, -5, len(values), dtype=torch.float64)  # from large to hardly there, as in a gradient
+    matrix = left * values @ right
+    expected = matrix / matrix.norm()
+    for _ in range(5):
+        gram = expected @ expected.T
+        expected = 3.4445 * expected + (-4.7750 * gram + 2.0315 * gram @ gram) @ expected
+    found = orthogonalize(matrix.float())
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-4)
+    values = (left.T @ found.double() @ right.T).diag()
+    assert values[: len(values) // 2].min() > 0.5 and values.max() < 1.5
 
 
 def test_a_loaded_state_goes_on_as_if_unbroken():

@@ -13,7 +13,9 @@ from functools import cache
 from pathlib import Path
 
 import datasets
+import numpy as np
 import torch
+from datasets.utils.stratify import stratified_shuffle_split_generate_indices
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torchvision.transforms.v2 import InterpolationMode
@@ -174,20 +176,22 @@ def split_off_validation(dataset: ImageDataset, size: int, seed: int) -> tuple[I
     """(rest, validation): `size` images drawn so that every class keeps its share; the same for the same seed.
 
     Raises:
-        DataError: size leaves no training image, or is smaller than the number of classes.
+        DataError: size leaves no training image, or is smaller than the number of classes; a class has one image only.
     """
     if not len(dataset.classes) <= size < len(dataset):
         raise DataError(
             f"validation_size: expected {len(dataset.classes)} (one image a class) to {len(dataset) - 1}, got {size}"
         )
-    features = datasets.Features(
-        {"index": datasets.Value("int64"), "label": datasets.ClassLabel(names=dataset.classes)}
+    if 1 in (counts := dataset.labels.bincount().tolist()):
+        name = dataset.classes[counts.index(1)]
+        raise DataError(
+            f"validation_size: expected at least two images of each class to draw from, got one of {name!r}"
+        )
+    # What train_test_split(stratify_by_column=...) draws; that one reads the labels row by row, for seconds.
+    draws = stratified_shuffle_split_generate_indices(
+        dataset.labels.numpy(), len(dataset) - size, size, rng=np.random.default_rng(seed)
     )
-    table = {"index": list(range(len(dataset))), "label": dataset.labels.tolist()}
-    parts = datasets.Dataset.from_dict(table, features=features).train_test_split(
-        test_size=size, stratify_by_column="label", seed=seed
-    )
-    rest, validation = (torch.tensor(sorted(parts[name]["index"])) for name in ("train", "test"))
+    rest, validation = (torch.from_numpy(rows).sort().values for rows in next(draws))
     return dataset.subset(rest), dataset.subset(validation)
 
 

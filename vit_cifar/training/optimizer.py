@@ -4,7 +4,6 @@ import torch
 from torch import nn
 
 from ..modeling_vit_cifar import ViTCifarConvStem, ViTCifarLayer
-from .arguments import machine_supports_bf16
 
 
 def decayed_parameter_names(model: nn.Module) -> list[str]:
@@ -20,34 +19,38 @@ def muon_parameter_names(model: nn.Module) -> list[str]:
     return [name for name in decayed_parameter_names(model) if name.startswith(inside)]
 
 
-def orthogonalize(matrix: torch.Tensor, number_format: torch.dtype) -> torch.Tensor:
-    """(m, n) -> about U Vᵀ of its singular value decomposition, by five quintic Newton-Schulz steps in
-    `number_format` (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon)."""
-    found = matrix.to(number_format, copy=True)
-    if is_tall := len(matrix) > matrix.shape[1]:
-        found = found.T
-    found.div_(found.norm().clamp(min=1e-7))
-    for _ in range(5):
-        product = found @ found.T
-        found = torch.addmm(
-            found, torch.addmm(product, product, product, beta=-4.7750, alpha=2.0315), found, beta=3.4445
-        )
-    return found.T if is_tall else found
+def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
+    """(m, n) -> about U Vᵀ of its singular value decomposition, in float32, by five quintic Newton-Schulz steps
+    (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
+
+    Each step X <- f X multiplies by a polynomial f of X Xᵀ. All these are symmetric and commute, so that they are
+    found from the smaller square X Xᵀ alone and meet the matrix once, at the end: "Gram Newton-Schulz" (Zhang, Amsel,
+    Chen, Dao 2026, https://dao-lab.ai/blog/2026/gram-newton-schulz), which in float32 needs no restart.
+    """
+    wide = matrix.float() if len(matrix) <= matrix.shape[1] else matrix.float().T
+    wide = wide / wide.norm().clamp(min=1e-7)
+    gram, factors = wide @ wide.T, []
+    for step in range(5):
+        if step:
+            gram = factors[-1] @ gram @ factors[-1]
+        factor = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        factor.diagonal().add_(3.4445)
+        factors.append(factor)
+    found = torch.linalg.multi_dot([*factors, wide])
+    return found if len(matrix) <= matrix.shape[1] else found.T
 
 
 class Muon(torch.optim.Optimizer):
     """Muon for matrices (Jordan et al. 2024, as above), with a Nesterov momentum of 0.95 and decoupled weight decay.
 
-    `torch.optim.Muon` with its defaults, to the last bit, where bf16 is fast. Elsewhere it works in float32: torch's
-    always orthogonalizes in bf16, and without units for it a step takes some 25 times as long.
+    `torch.optim.Muon` with its defaults, but for the number format: torch's orthogonalizes in bf16, and on a processor
+    without units for it a step takes some 25 times as long.
     """
 
     momentum = 0.95
 
     def __init__(self, matrices: list[nn.Parameter], lr: float, weight_decay: float):
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
-        on_cpu = self.param_groups[0]["params"][0].device.type == "cpu"
-        self.number_format = torch.bfloat16 if machine_supports_bf16(on_cpu) else torch.float32
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -58,7 +61,7 @@ class Muon(torch.optim.Optimizer):
                     state["momentum_buffer"] = torch.zeros_like(p.grad)
                 average = state["momentum_buffer"]
                 average.lerp_(p.grad, 1 - self.momentum)
-                update = orthogonalize(p.grad.lerp(average, self.momentum), self.number_format)
+                update = orthogonalize(p.grad.lerp(average, self.momentum))
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update, alpha=-group["lr"] * max(1, len(p) / p.shape[1]) ** 0.5)
 
