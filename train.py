@@ -18,7 +18,7 @@ from vit_cifar.evaluation.metrics import evaluate
 from vit_cifar.integrity import write_checksums
 from vit_cifar.models import local_folder
 from vit_cifar.training.arguments import RecipeArguments, fastest_attention, parse_arguments
-from vit_cifar.training.data import SAMPLE_NAME, ImageDataset, duplicates, load_split, split_off_validation
+from vit_cifar.training.data import ImageDataset, duplicates, is_local, load_split, split_off_validation
 from vit_cifar.training.initialization import initial_model, load_start
 from vit_cifar.training.trainer import ViTCifarTrainer, describe_parameters, find_checkpoint
 
@@ -29,6 +29,9 @@ def main(argv: list[str]) -> None:
     try:
         checkpoint, resumed_from_step = find_checkpoint(args)
         start_folder = local_folder(recipe.model_name_or_path) if recipe.model_name_or_path else None
+        if start_folder:  # before training, which may take the folder's place
+            is_own = start_folder == Path(recipe.model_name_or_path)
+            start_revision = records.weights_sha256(start_folder) if is_own else start_folder.name
         pretrained, processor = load_start(recipe, start_folder)
         image_size = processor.size["height"]
         train_set, validation_set, test_set = load_data(recipe, image_size)
@@ -75,11 +78,11 @@ def main(argv: list[str]) -> None:
             public[name] = records.public_name(arguments[name])
     if recipe.model_name_or_path:
         public["model_name_or_path"] = records.public_name(recipe.model_name_or_path)
-        is_local = start_folder == Path(recipe.model_name_or_path)
-        public["model_revision"] = records.weights_sha256(start_folder) if is_local else start_folder.name
+        public["model_revision"] = start_revision
+    launcher = ["python"] if args.world_size == 1 else ["torchrun", "--nproc_per_node", str(args.world_size)]
     record = {
         "recipe": public["recipe"],
-        "command": records.public_command(["python", "train.py", *argv], public),
+        "command": records.public_command([*launcher, "train.py", *argv], public),
         "arguments": arguments | public,
         "parameters": model.num_parameters(),
         "git_commit": commit,
@@ -90,7 +93,7 @@ def main(argv: list[str]) -> None:
         "seed": args.seed,
         "dataset": {
             "name": dataset_name,
-            "hub_id": None if _is_local(recipe.dataset_name) else recipe.dataset_name,
+            "hub_id": None if is_local(recipe.dataset_name) else recipe.dataset_name,
             "note": recipe.dataset_note,
             "fingerprints": {"train": train_set.fingerprint, "test": test_set.fingerprint},
             "validation_from": "train" if recipe.validation_size else "test",
@@ -115,10 +118,6 @@ def main(argv: list[str]) -> None:
     records.plot_losses(record, Path(args.output_dir) / "loss_curve.png")
     write_checksums(args.output_dir)
     print(f"validation accuracy {validation.accuracy:.2%}, test accuracy {test.accuracy:.2%}: {args.output_dir}")
-
-
-def _is_local(dataset_name: str) -> bool:
-    return dataset_name == SAMPLE_NAME or Path(dataset_name).exists()
 
 
 def load_data(recipe: RecipeArguments, image_size: int) -> tuple[ImageDataset, ImageDataset, ImageDataset]:

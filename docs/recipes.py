@@ -30,6 +30,7 @@ ROOT = Path(__file__).parents[1]
 LOG, PAGE = ROOT / "docs" / "recipes.json", ROOT / "docs" / "recipes.md"
 # Whole trainings that were not shipped: what was changed, and the record.
 TRIED_SPEEDRUN = {
+    "1.1 passes, orthogonalized in bf16": "speedrun/bf16_seed_0.json",
     "[steps.yaml](steps.yaml): 64 patches, batches of 128, shifts of 4, cutout": "speedrun/earlier.json",
 }
 TRIED_NANO = {
@@ -213,7 +214,8 @@ def trainings(recipe: str, shipped: Path, tried: dict[str, str]) -> str:
         link = os.path.relpath(path, PAGE.parent)
         rows.append(
             f"| {name} ([record]({link})) | {run['arguments']['num_train_epochs']:g} "
-            f"| {run['validation_accuracy']:.2%} | {run['test_accuracy']:.2%} | {run['wall_time_seconds'] / 60:.1f} |"
+            f"| {run['validation_accuracy']:.2%} | {run['test_accuracy']:.2%} "
+            f"| {run['wall_time_seconds'] / 60:.1f} in {run['number_format']} |"
         )
     return "\n".join(rows)
 

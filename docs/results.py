@@ -19,6 +19,30 @@ ROOT = Path(__file__).parents[1]
 FINETUNING = runpy.run_path(str(ROOT / "docs" / "finetuning.py"))
 PAGE = runpy.run_path(str(ROOT / "docs" / "page.py"))
 NOT_RUN_YET = ("small", "small_long")  # they need a GPU
+FAULTS = {  # what each row of faults.json says, in words
+    "images": "{files} files made by hand and {mutations:,} damaged ones: {mutations_decoded:,} of these "
+    "decoded, the others refused in one line, each within {slowest_seconds:.2f} s; memory grew by "
+    "{memory_growth_mb:.0f} MB",
+    "http": "{hand_made} bodies made by hand and {mutations} damaged ones: {refused} of all refused in one "
+    "line; memory grew by {megabytes_grown_at_the_end:.0f} MB",
+    "load": "{users} visitors with {requests_each} pictures each: 95% answered within {p95_seconds:.1f} s "
+    "({median_seconds_alone:.2f} s when alone); {crowd} at once: {busy} told that the page is busy; "
+    "after that an answer within {normal_again_after_seconds:.2f} s; {in_a_row:,} in a row: "
+    "{bytes_grown_a_request:.0f} bytes more for each; {cache_megabytes_uploaded:.0f} MB uploaded: "
+    "{cache_megabytes_kept:.0f} kept",
+    "users": "{users} visitors at once, {requests} requests: each got what he gets when alone",
+    "network": "{addresses} paths and addresses that are not the page's, {pages} requests for them and for "
+    "gradio's other doors: {let_through} got through",
+    "kill": "one training killed {kills} times, {left_a_half_checkpoint} times inside a save: it ended the "
+    "same to the last bit",
+    "full_disk": "no room at {places_of_a_save} places of a checkpoint's save: one line, and the same end once there "
+    "is room; nor for the finished model: one line, and its half is not taken for a model",
+    "cache": "killed {killed_while_decoding} times while decoding; {trained_at_once} trainings that fill it at "
+    "once; one that may not write it: all ended",
+    "offline": "smoke training, page, command and {tests[tests_passed]} tests passed without network",
+    "dependencies": "{lowest[tests_passed]} tests passed with the lowest versions; pip-audit asked about "
+    "{audit[audited]} packages",
+}
 
 
 def runs() -> dict[str, list[tuple[str, dict]]]:
@@ -27,11 +51,12 @@ def runs() -> dict[str, list[tuple[str, dict]]]:
         folder.name: [(f"hub_card/models/{folder.name}/{RECORD_NAME}", read_record(folder))]
         for folder in sorted((ROOT / "hub_card" / "models").iterdir())
     }
-    seeds = sorted((ROOT / "docs" / "speedrun").glob("seed_*.json"))
-    if seeds:
-        rows["speedrun"] = [(str(path.relative_to(ROOT)), json.loads(path.read_text())) for path in seeds]
-    path = "docs/speedrun/float32.json"
-    rows["speedrun, a processor without bf16 units"] = [(path, json.loads((ROOT / path).read_text()))]
+    for name, files in (
+        ("speedrun", "seed_*.json"),
+        ("speedrun, 1.1 passes, a processor with bf16 units", "bf16_seed_*.json"),
+    ):
+        seeds = sorted((ROOT / "docs" / "speedrun").glob(files))
+        rows[name] = [(str(path.relative_to(ROOT)), json.loads(path.read_text())) for path in seeds]
     for variant in ("basic", "pe", "pe_conv"):
         for ending, protocol in (("", ""), ("_validation_out_of_train", ", validation out of train")):
             path = f"docs/tutorial/tutorial_{variant}{ending}.json"
@@ -69,6 +94,7 @@ def speed() -> str:
         for name in ("", "_older", "_float32", "_tcmalloc")
     )
     own, other = (_rates(found)["vit-cifar, train.py, bf16"]["images_per_second"] for found in (record, preloaded))
+    others = ", ".join(f"{item['median']:.2f}×" for item in preloaded["ratios"][:4])
     renewed = record["git_commit"] == older["git_commit"]
     earlier = "" if renewed else " That was before the input pipeline became faster."
     notes = [
@@ -82,8 +108,8 @@ def speed() -> str:
         f"At {_product_rate(record)} {_shares(record)}{earlier}",
         f"At {_product_rate(older)} {_shares(older)}",
         f"With `LD_PRELOAD` set to tcmalloc's library (Debian's `libtcmalloc-minimal4`) the first machine gave "
-        f"{other:.0f} images/s for our training step, {other / own:.2f} times as many as with glibc's allocator in the "
-        "run before, which is within their spread: nothing to gain.",
+        f"{other:.0f} images/s for our training step where glibc's allocator had given {own:.0f}: no gain. Others do: "
+        f"the ratios of the first four rows become {others}.",
     ]
     parts = [
         _ratios(record, older),
@@ -98,14 +124,14 @@ def speed() -> str:
 def _ratios(*records: dict) -> str:
     rows = ["| ours | theirs |", "|---|---|"]
     for found in records:
-        rows[0] += f" images/s | ours to theirs, {_product_rate(found)} |"
+        rows[0] += f" images/s, ours / theirs | times as fast, {_product_rate(found)} |"
         rows[1] += "---|---|"
     for items in zip(*(found["ratios"] for found in records), strict=True):
         ours, theirs = items[0]["of"], items[0]["to"]
         row = f"| {ours} | {theirs} |"
         for item, found in zip(items, records, strict=True):
             low, high = item["spread"]
-            both = " to ".join(f"{_rates(found)[name]['images_per_second']:.0f}" for name in (ours, theirs))
+            both = " / ".join(f"{_rates(found)[name]['images_per_second']:.0f}" for name in (ours, theirs))
             row += f" {both} | {item['median']:.2f}× ({low:.2f}–{high:.2f}) |"
         rows.append(row)
     return "\n".join(rows)
@@ -153,30 +179,10 @@ def faults() -> str:
     rows = ["| what | what came out | command |", "|---|---|---|"]
     record = json.loads((ROOT / "docs" / "faults.json").read_text())
     for name, row in record.items():
-        rows.append(f"| {name.replace('_', ' ')} | {'; '.join(_said(row['figures']))} | `{row['command']}` |")
+        rows.append(f"| {name.replace('_', ' ')} | {FAULTS[name].format(**row['figures'])} | `{row['command']}` |")
     if not record["dependencies"]["figures"]["audit"]["audited"]:
         rows += ["", "The advisories could not be reached, so pip-audit skipped every package: audit them yourself."]
     return "\n".join(rows)
-
-
-def _said(figures: dict) -> list[str]:
-    """Figures before their names; of lists, how long they are."""
-    said = []
-    for name, value in figures.items():
-        name = name.replace("_", " ")
-        if name == "versions":
-            continue
-        if isinstance(value, dict):
-            said.append(f"{name}: {', '.join(_said(value))}")
-        elif isinstance(value, bool):
-            assert value, name
-            said.append(name)
-        elif isinstance(value, str):
-            said.append(f"{name}: {value}")
-        else:
-            value = len(value) if isinstance(value, list) else value
-            said.append(f"{value:.3g} {name}" if isinstance(value, float) else f"{value:,} {name}")
-    return said
 
 
 def fill_security(page: str) -> str:

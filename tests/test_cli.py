@@ -7,6 +7,7 @@ from helpers import copy_to_change, run
 from PIL import Image
 from transformers import pipeline
 
+from vit_cifar import cli
 from vit_cifar.evaluation.examination import read_examination
 from vit_cifar.evaluation.metrics import evaluate
 from vit_cifar.evaluation.records import RECORD_NAME, read_record, write_json
@@ -102,6 +103,17 @@ def test_examine_refuses_what_it_cannot_tell_of(smoke_folder, images_held_out, t
     answer = vit_cifar("examine", folder, "--images", "2")  # on the record's own dataset
     assert answer.returncode == 2 and message in answer.stderr
     assert read_examination(folder) is None
+
+
+def test_a_folder_that_cannot_be_written_is_one_line_and_exit_code_2(monkeypatch, capsys):
+    def write():
+        raise PermissionError(13, "Permission denied", "model/examination.json")
+
+    monkeypatch.setattr(cli, "app", write)  # root may write everywhere
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "vit-cifar: [Errno 13] Permission denied: 'model/examination.json'\n"
 
 
 def test_users_errors_are_one_line_and_exit_code_2(images, tiny_model_folder, tmp_path):

@@ -101,6 +101,7 @@ def test_no_labels_at_all(tmp_path):
         ({"layer_norm_eps": -1e-5}, "layer_norm_eps", "at least 0", "-1e-05"),
         ({"num_labels": 3, "id2label": {0: "a", 1: "b"}}, "num_labels", "2", "3"),
         ({"num_labels": 10, "id2label": {0: "a", 1: "b"}}, "num_labels", "2", "10"),
+        ({"id2label": {1: "a", 2: "b"}}, "id2label", "the keys 0 to 1", "1, 2"),
         (
             {"position_embedding": "sinusoidal", "hidden_size": 9, "num_attention_heads": 3},
             *("hidden_size", "even", "9"),

@@ -21,6 +21,12 @@ ModelOption = Annotated[
     str | None,
     typer.Option("--model", help="Model folder, user/name or user/name@revision; left out, the one in the checkout."),
 ]
+ImageColumnOption = Annotated[
+    str | None, typer.Option("--image_column", "--image-column", help="Left out, the only column of type Image.")
+]
+LabelColumnOption = Annotated[
+    str | None, typer.Option("--label_column", "--label-column", help="Left out, the only column of type ClassLabel.")
+]
 RepoOption = Annotated[str, typer.Option("--repo-id", "--repo_id", help="The repository on the Hub, as in user/name.")]
 PushOption = Annotated[
     bool, typer.Option("--push", help="Upload, as one commit; left out, nothing leaves this machine.")
@@ -70,14 +76,8 @@ def evaluate(
         typer.Option("--dataset_name", "--dataset-name", help="Hub id, local folder, or `sample`; left out, CIFAR-10."),
     ] = None,
     split: Annotated[str, typer.Option(help="The split to measure on.")] = "test",
-    image_column: Annotated[
-        str | None,
-        typer.Option("--image_column", "--image-column", help="Left out, the only column of type Image."),
-    ] = None,
-    label_column: Annotated[
-        str | None,
-        typer.Option("--label_column", "--label-column", help="Left out, the only column of type ClassLabel."),
-    ] = None,
+    image_column: ImageColumnOption = None,
+    label_column: LabelColumnOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for programs.")] = False,
 ) -> None:
     """Print a model's accuracy on a split, in all and for each class."""
@@ -159,9 +159,9 @@ def examine(
     if not folder.is_dir():
         raise UserError(f"model: expected a model folder, got {folder}: no such folder")
     examination = examine_folder(folder, dataset_name, images)
+    print(report(examination.record))
     disable_progress_bars()  # of writing a small file
     write_examination(folder, examination)
-    print(report(examination.record))
 
 
 @app.command()
@@ -213,11 +213,13 @@ def export(
             "--dataset_name", "--dataset-name", help="Measure what was exported on its test split; as in evaluate."
         ),
     ] = None,
+    image_column: ImageColumnOption = None,
+    label_column: LabelColumnOption = None,
 ) -> None:
     """Write a model in a form that needs none of this package's code, checked against the original."""
     from .hub.export import export_model, report
 
-    record = export_model(model, kind, output, dataset_name)
+    record = export_model(model, kind, output, dataset_name, image_column, label_column)
     print(f"{output}: {report(record)}")
 
 
@@ -302,6 +304,6 @@ def main() -> None:
     warnings.filterwarnings("ignore", module="PIL|torch")  # of damaged files: the error says what the user needs
     try:
         app()
-    except UserError as error:
-        print(f"vit-cifar: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:  # the second: a full disk, or a folder that is not ours to write
+        print(f"vit-cifar: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

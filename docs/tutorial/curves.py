@@ -88,9 +88,10 @@ prints ([tutorial_curves.csv](tutorial_curves.csv)). Each record names its comma
 {max(last["validation_loss"]):+.3f}. The variants end in the tutorial's order: \
 basic above pe above pe_conv.
 
-**What may explain it.** The one difference that is known is the JPEG copy; the original images were not at hand. So \
-the images went through JPEG once more (the block grid moved, so that it loses anew), for training and test alike, and \
-pe_conv was trained on them; another seed shows how much chance moves:
+**What may explain it.** Two differences are known: the JPEG copy, for want of the original images, and \
+{once["number_format"]}, which the recipe does not ask for (`--bf16 false` is the recipe's, and slower on a CPU). The \
+first was tried: the images went through JPEG once more (the block grid moved, so that it loses anew), for training \
+and test alike, and pe_conv was trained on them; another seed shows how much chance moves:
 
 {chr(10).join(checks)}
 
@@ -98,9 +99,6 @@ So a second JPEG costs training loss, up to {max(jpeg):+.3f}, where pe_conv's di
 {min(pe_conv):+.3f} to {max(pe_conv):+.3f}: the copy can explain a good part of that. On the test set it moves less \
 than another seed does, so of those distances it explains nothing that shows. A second loss of the same kind says \
 something about the first only as far as the two are alike. The images for it are made by `jpeg_twice.py`.
-
-Ours also trains in {once["number_format"]}, which the recipe does not ask for: `--bf16 false` is the recipe's, and \
-slower on a CPU.
 
 ## Beside it, our own protocol
 

@@ -6,13 +6,26 @@ import pytest
 
 from vit_cifar.evaluation.records import (
     RECORD_NAME,
+    accuracy_tolerance,
     epoch_log,
     fill_tables,
     git_commit,
+    passes,
     public_command,
     read_record,
     write_json,
 )
+
+
+def test_the_passes_of_a_record_are_those_that_were_made():
+    rows = [{"epoch": 1}, {"epoch": 1.5}]  # ended by max_steps
+    assert passes({"epoch_selected_on": "validation", "epochs": rows, "kept_epoch": 1}) == 1.5
+    assert passes({"epoch_selected_on": None, "epochs": rows, "kept_epoch": 1.5}) == 1.5
+
+
+@pytest.mark.parametrize(("images", "tolerated"), [(10_000, 10), (1_000, 2), (100, 2)])
+def test_two_images_on_the_border_or_a_thousandth_are_the_same_accuracy(images, tolerated):
+    assert tolerated / images <= accuracy_tolerance(images) < (tolerated + 1) / images
 
 
 def test_a_record_belongs_to_its_weights(smoke_folder, tmp_path):

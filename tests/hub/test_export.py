@@ -6,6 +6,7 @@ import itertools
 import json
 import sys
 
+import datasets
 import onnx
 import onnxruntime
 import pytest
@@ -21,7 +22,7 @@ from vit_cifar.hub import export
 from vit_cifar.hub.export import ExportError, export_model
 from vit_cifar.hub.folder import FolderError
 from vit_cifar.models import BUNDLED_MODELS, DEFAULT_MODEL, load_model
-from vit_cifar.training.data import DataError, image_processor, load_split
+from vit_cifar.training.data import DataError, image_processor, load_rows, load_split
 
 NANO = BUNDLED_MODELS / DEFAULT_MODEL
 TUTORIAL_PE = {"patch_embedding": "linear", "position_embedding": "sinusoidal", "attention_output_projection": False}
@@ -201,6 +202,21 @@ def test_the_command_measures_in_onnxruntime(tmp_path):
     first, second = answer.stdout.splitlines()
     assert first.startswith(f"{tmp_path / 'new'}: largest difference from PyTorch: logits ")
     assert second == f"test accuracy {expected:.2%} on 200 images of sample"
+
+
+@pytest.mark.slow
+def test_the_command_takes_the_columns_that_evaluate_takes(tmp_path):
+    rows = load_rows("sample")["test"].select(range(0, 200, 20))
+    rows = rows.add_column("small", [None] * 10, feature=datasets.Image())
+    (tmp_path / "rows").mkdir()
+    rows.to_parquet(tmp_path / "rows" / "test.parquet")
+    model_in(tmp_path / "model", **TUTORIAL_PE)
+    words = (tmp_path / "model", "--format", "vit", "-o", tmp_path / "new", "--dataset_name", tmp_path / "rows")
+    refused = command(*words)
+    assert refused.returncode == 2 and "name it with --image_column" in refused.stderr
+    assert not (tmp_path / "new").exists()
+    answer = command(*words, "--image_column", "img", "--label_column", "label")
+    assert answer.returncode == 0 and "on 10 images of rows" in answer.stdout
 
 
 def test_the_command_says_that_nothing_was_measured_and_refuses_a_folder_that_holds_something(tmp_path):

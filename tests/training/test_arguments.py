@@ -135,7 +135,20 @@ def test_tutorial_recipes_are_the_tutorials(tmp_path):
         (["--recipe", "nano", "--output_dir", "x", "--flip", "up"], "argument --flip: invalid choice: 'up'"),
         (
             ["--recipe", "smoke", "--output_dir", "x", "--early_stopping_patience", "1"],
-            "early_stopping_patience: expected",
+            "early_stopping_patience: expected .*, got False and",
+        ),
+        (
+            [
+                "--recipe",
+                "speedrun",
+                "--output_dir",
+                "x",
+                "--early_stopping_patience",
+                "1",
+                "--load_best_model_at_end",
+                "true",
+            ],
+            "early_stopping_patience: expected .*, got True and no",
         ),
         (["--recipe", "nano", "--output_dir", "x", "--fp16"], "optimizer: expected bf16 or float32 for muon"),
         (

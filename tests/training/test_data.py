@@ -19,6 +19,7 @@ from vit_cifar.training.data import (
     ImageDataset,
     duplicates,
     load_split,
+    recorded_dataset,
     split_off_validation,
 )
 
@@ -173,6 +174,20 @@ def test_a_class_of_one_image_cannot_be_split():
 def test_impossible_validation_sizes_are_refused(size):
     with pytest.raises(DataError, match=f"validation_size: expected 10 .* to 999, got {size}"):
         split_off_validation(labelled(torch.arange(10).repeat(100)), size, seed=0)
+
+
+def test_the_dataset_of_a_record_is_found_by_its_hub_id_or_where_it_is(tmp_path, monkeypatch):
+    def found(name, **more):
+        return recorded_dataset({"dataset": {"name": name, **more}})
+
+    assert found("CIFAR-10", hub_id="uoft-cs/cifar10") == "uoft-cs/cifar10"
+    assert found("sample", hub_id=None) == "sample"
+    monkeypatch.chdir(tmp_path)
+    for record in ({"hub_id": None}, {}):  # the second: an older record
+        with pytest.raises(DataError, match="expected the folder that 'cifar10' stands for in the record, got none"):
+            found("cifar10", **record)  # a stranger's on the Hub may be called so
+    (tmp_path / "cifar10").mkdir()
+    assert found("cifar10", hub_id=None) == "cifar10"
 
 
 def test_undecodable_row_is_named(tmp_path):

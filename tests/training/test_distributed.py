@@ -62,6 +62,7 @@ def test_nano_trains_in_two_processes_as_in_one_and_resumes_exactly(tmp_path):
         folder = train(launcher, name, 25)
         assert losses(folder) == pytest.approx(losses(one), rel=1e-3)
         assert read_record(folder)["hardware"]["processes"] == 2
+        assert read_record(folder)["command"].startswith("torchrun --nproc_per_node 2 train.py --recipe nano ")
 
     resumed = train(two_processes, "two", 25, "--resume_from_checkpoint", str(tmp_path / "two" / "checkpoint-3"))
     assert weights_sha256(resumed) == weights_sha256(tmp_path / "accelerate")

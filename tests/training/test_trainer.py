@@ -113,10 +113,11 @@ def test_a_save_at_the_end_of_an_epoch_holds_its_evaluation(make, tmp_path):
     assert (tmp_path / "checkpoint-2").exists()
 
 
-def test_a_resumed_training_has_the_patience_that_it_is_given(make, tmp_path):
+@pytest.mark.parametrize("before", [(), ("--early_stopping_patience", "7")])
+def test_a_resumed_training_has_the_patience_that_it_is_given(make, tmp_path, before):
     words = ("--num_train_epochs", "2", "--save_strategy", "epoch", "--eval_strategy", "epoch")
     words += ("--load_best_model_at_end", "true", "--metric_for_best_model", "accuracy")
-    make(*words, "--early_stopping_patience", "7").train()
+    make(*words, *before).train()
     trainer = make(*words, "--early_stopping_patience", "3", "--num_train_epochs", "3")
     trainer.train(resume_from_checkpoint=str(newest_whole_checkpoint(tmp_path)[0]))
     stopping = [c for c in trainer.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]

@@ -51,8 +51,9 @@ def serve(model: str | None) -> None:
     # machine that does something else as well.
     torch.set_num_threads(1)
     subjects = load_subjects(model)
-    for number in (signal.SIGTERM, signal.SIGHUP):  # or the cache would stay
-        signal.signal(number, signal.default_int_handler)
+    for name in ("SIGTERM", "SIGHUP"):  # or the cache would stay; Windows has no SIGHUP
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.default_int_handler)
     with own_cache() as folder:
         page = build_page(subjects)
         keep_small(folder, page)

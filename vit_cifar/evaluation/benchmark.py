@@ -32,7 +32,7 @@ from transformers import (
 
 from ..configuration_vit_cifar import ViTCifarConfig
 from ..modeling_vit_cifar import ViTCifarForImageClassification, sinusoidal_positions
-from ..training.arguments import fastest_attention, machine_supports_bf16, parse_arguments
+from ..training.arguments import fastest_attention, machine_supports_bf16, parse_arguments, recipe_model
 from ..training.augmentation import Augmentation
 from ..training.data import CIFAR10_MEAN, CIFAR10_STD, SAMPLE_NAME, ImageDataset, load_rows, load_split, normalize
 from ..training.trainer import ViTCifarTrainer
@@ -408,8 +408,8 @@ def training_flops(config: ViTCifarConfig) -> int:
 
 def benchmark(batch_size: int = 128, rounds: int = 5, steps: int = 3) -> dict:
     """The benchmark record: rows of images a second, ratios with their spread, shares of a step."""
-    recipe, _, _ = parse_arguments(["--recipe", RECIPE, "--output_dir", "unused"])
-    config = ViTCifarConfig(**recipe.model)
+    fields = recipe_model(RECIPE)
+    config = ViTCifarConfig(**fields)
     formats = ["bf16", "float32"] if machine_supports_bf16() else ["float32"]
     best = formats[0]
     tokens = (config.image_size // config.patch_size) ** 2 + 1
@@ -442,7 +442,7 @@ def benchmark(batch_size: int = 128, rounds: int = 5, steps: int = 3) -> dict:
         | {"timm": importlib.metadata.version("timm") if importlib.util.find_spec("timm") else None},
         "hardware": records.hardware(default_device()),
         "environment": {name: os.environ[name] for name in ("LD_PRELOAD", "OMP_NUM_THREADS") if name in os.environ},
-        "model": recipe.model,
+        "model": fields,
         "batch_size": {"training": batch_size, "inference": INFERENCE_BATCH},
         "rounds": rounds,
         "training": [c.row() for c in training],

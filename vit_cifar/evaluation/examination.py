@@ -25,7 +25,7 @@ from ..explain.perturbation import (
 from ..integrity import SUMS_NAME, write_checksums
 from ..modeling_vit_cifar import ViTCifarForImageClassification
 from ..models import load_model
-from ..training.data import DataError, ImageDataset, load_split, normalize, split_off_validation
+from ..training.data import DataError, ImageDataset, load_split, normalize, recorded_dataset, split_off_validation
 from . import records
 from .metrics import calibration_error, doubtful_below, evaluate, fit_temperature, reliability
 
@@ -69,7 +69,7 @@ def examine(
         DataError: a dataset's classes are not those of the model.
     """
     validation, test = (evaluate(model, processor, dataset) for dataset in (validation_set, test_set))
-    if stated is not None and abs(stated - test.accuracy) > records.SAME_ACCURACY:
+    if stated is not None and abs(stated - test.accuracy) > records.accuracy_tolerance(len(test_set)):
         raise records.RecordError(
             f"dataset_name: expected the dataset of the record's test accuracy, {stated:.2%}, got one with "
             f"{test.accuracy:.2%}: what was held out of training cannot be told there"
@@ -110,12 +110,13 @@ def examine_folder(folder: Path, dataset_name: str | None, images: int) -> Exami
         ModelError, DataError: the model or the dataset cannot be used.
     """
     record = records.read_record(folder)
-    arguments, dataset_name = record["arguments"], dataset_name or record["dataset"]["name"]
+    arguments = record["arguments"]
     if not arguments["validation_size"]:
         raise records.RecordError("record: expected a training that held images out of train, got validation_size 0")
     model, processor = load_model(str(folder))
     columns = (model.config.image_size, arguments["image_column"], arguments["label_column"])
     try:
+        dataset_name = dataset_name or recorded_dataset(record)
         train_set, test_set = (load_split(dataset_name, split, *columns) for split in ("train", "test"))
     except DataError as error:
         raise DataError(f"{error} (--dataset_name names the dataset that the model was trained on)") from error

@@ -96,7 +96,7 @@ def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
 
 
 def doubtful_below(probabilities: torch.Tensor, labels: torch.Tensor) -> float:
-    """The largest confidence such that at most half of the answers given with less were right; 0 if there is none.
+    """The largest confidence such that at most half of the answers given with it or less were right; 0 if none is.
 
     Args:
         probabilities: (N, classes), of images held out of training. labels: (N,).

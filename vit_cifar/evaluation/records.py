@@ -19,11 +19,21 @@ from ..integrity import sha256
 
 RECORD_NAME = "training_record.json"
 WEIGHTS_NAME = "model.safetensors"
-SAME_ACCURACY = 1e-3  # processors round differently: some images on the border fall to the other side
 
 
 class RecordError(UserError):
     """A record that is not there or belongs to other weights; the message is one line."""
+
+
+def accuracy_tolerance(images: int, share: float = 1e-3) -> float:
+    """How far two accuracies of the same model over so many images may be apart: processors round differently, so that
+    some images on the border fall to the other side. Two always may."""
+    return max(share, 2.5 / max(images, 1))
+
+
+def passes(record: dict) -> float:
+    """Over the training images, as they were made: `max_steps` or early stopping ends before `num_train_epochs`."""
+    return record["epochs"][-1]["epoch"] if record["epoch_selected_on"] else record["kept_epoch"]
 
 
 def weights_sha256(folder: str | Path) -> str:
@@ -196,7 +206,7 @@ def results_row(name: str, runs: list[tuple[str, dict]]) -> str:
         accuracy = f"{statistics.mean(found):.2%} ± {statistics.stdev(found):.2%} (n = {len(runs)}, seeds {seeds})"
     time = {"wall_time_seconds": statistics.mean(record["wall_time_seconds"] for _, record in runs)}
     return (
-        f"| {name} | {first['parameters']:,} | {first['arguments']['num_train_epochs']:g} | {accuracy} "
+        f"| {name} | {first['parameters']:,} | {passes(first):g} | {accuracy} "
         f"| {time_and_machine(first | time)} | {first['dataset']['name']} |"
     )
 

@@ -41,7 +41,14 @@ class ExportError(UserError):
     """A model that has no such form, or a missing package; the message is one line."""
 
 
-def export_model(name: str, kind: str, output_dir: str | Path, dataset_name: str | None = None) -> dict:
+def export_model(
+    name: str,
+    kind: str,
+    output_dir: str | Path,
+    dataset_name: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> dict:
     """Writes a model, in float32, in a form that needs none of this package's code.
 
     "onnx": `model.onnx` with input `pixel_values` (B, C, H, W), any B, and outputs `logits` (B, classes) and
@@ -53,7 +60,8 @@ def export_model(name: str, kind: str, output_dir: str | Path, dataset_name: str
         name: as for `load_model`.
         kind: "onnx" or "vit".
         output_dir: a new or empty folder. It appears whole or not at all.
-        dataset_name: as for `load_split`: the exported model is measured on its test split. None: not measured.
+        dataset_name, image_column, label_column: as for `load_split`: the exported model is measured on the test split.
+            Without a dataset it is not measured.
 
     Returns: what export_record.json says: source, checksums, the largest differences from the model in PyTorch,
         `test_accuracy` (0..1, or None), versions.
@@ -77,7 +85,8 @@ def export_model(name: str, kind: str, output_dir: str | Path, dataset_name: str
             f"stride {model.config.patch_size} where this model has the convolutional stem of patch_embedding=conv_stem"
         )
     with new_folder(output_dir) as folder:
-        dataset = load_split(dataset_name, "test", model.config.image_size) if dataset_name else None
+        columns = (model.config.image_size, image_column, label_column)
+        dataset = load_split(dataset_name, "test", *columns) if dataset_name else None
         processor.save_pretrained(folder)
         exported = (_export_onnx if kind == ONNX else _export_vit)(model, folder)
         record = {

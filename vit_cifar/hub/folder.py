@@ -1,6 +1,5 @@
 """A folder that a command makes: whole or not at all."""
 
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,16 +23,20 @@ def new_folder(output: str | Path | None) -> Iterator[Path]:
         with tempfile.TemporaryDirectory() as scratch:
             yield Path(scratch)
         return
-    output = Path(output)
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+    place = Path(output).resolve()  # `.` has no name, and a link is not to be replaced
+    if place.exists() and not (place.is_dir() and not any(place.iterdir())):
         raise FolderError(f"output: expected a new or an empty folder, got {output}, which is there already")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.")
     except OSError as error:
         raise FolderError(f"output: expected a folder that can be written, got {output}: {error}") from error
     with scratch:
-        part = Path(scratch.name) / output.name
+        part = Path(scratch.name) / place.name
         part.mkdir()
         yield part
-        os.replace(part, output)
+        if not place.exists():
+            part.rename(place)
+        else:  # an empty folder, in which somebody may be: it stays, and is filled
+            for path in part.iterdir():
+                path.rename(place / path.name)

@@ -172,8 +172,12 @@ def parse_arguments(argv: list[str]) -> tuple[RecipeArguments, TrainingArguments
         recipe_args.model = model | _parse_overrides(recipe_args.config_overrides)
     except (ValueError, TypeError, ImportError) as error:
         parser.error(first_line(error))
-    if recipe_args.early_stopping_patience is not None and not training_args.load_best_model_at_end:
-        parser.error("early_stopping_patience: expected --load_best_model_at_end with it, got none")
+    compares = training_args.load_best_model_at_end and training_args.eval_strategy != "no"
+    if recipe_args.early_stopping_patience is not None and not compares:
+        parser.error(
+            "early_stopping_patience: expected --load_best_model_at_end and evaluation (--eval_strategy) with it, got "
+            f"{training_args.load_best_model_at_end} and {training_args.eval_strategy.value}"
+        )
     if training_args.n_gpu > 1:  # Trainer would multiply the batch, and batch norm would see a part of it
         parser.error(
             f"expected one process for each of {training_args.n_gpu} GPUs (torchrun --nproc_per_node "

@@ -16,6 +16,7 @@ import datasets
 import numpy as np
 import torch
 from datasets.utils.stratify import stratified_shuffle_split_generate_indices
+from huggingface_hub.errors import HTTPError  # of its HTTP library, and no OSError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torchvision.transforms.v2 import InterpolationMode
@@ -87,6 +88,27 @@ def image_processor(
     return ViTImageProcessor(size=size, image_mean=mean, image_std=std, resample=3, do_convert_rgb=True)
 
 
+def is_local(dataset_name: str) -> bool:
+    """Whether it is found on this machine: the package's sample, a file or a folder."""
+    return dataset_name == SAMPLE_NAME or Path(dataset_name).exists()
+
+
+def recorded_dataset(record: dict) -> str:
+    """The name that `load_rows` finds a training record's dataset by.
+
+    Raises:
+        DataError: it was a local folder, of which the record knows the title alone.
+    """
+    dataset = record["dataset"]
+    if name := dataset.get("hub_id"):
+        return name
+    if not is_local(dataset["name"]):
+        raise DataError(
+            f"dataset_name: expected the folder that {dataset['name']!r} stands for in the record, got none"
+        )
+    return dataset["name"]
+
+
 def load_rows(dataset_name: str) -> datasets.DatasetDict:
     """The rows of every split, nothing decoded yet.
 
@@ -96,7 +118,7 @@ def load_rows(dataset_name: str) -> datasets.DatasetDict:
     source = str(SAMPLE_FOLDER) if dataset_name == SAMPLE_NAME else dataset_name
     try:
         return _load_dataset(source)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError, HTTPError) as error:
         reason = first_line(error)
         if "corresponds to no data" in reason:  # what `datasets` says of a split without rows
             raise DataError(f"{dataset_name}: expected rows in every split, got an empty split: {reason}") from error

@@ -151,6 +151,8 @@ class ViTCifarTrainer(Trainer):
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, EarlyStoppingCallback):
                 callback.early_stopping_patience = self.recipe.early_stopping_patience
+                # Of a checkpoint without patience: Trainer's next save asks for it.
+                self.state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return decayed_parameter_names(model)

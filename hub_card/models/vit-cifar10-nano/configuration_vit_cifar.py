@@ -43,7 +43,8 @@ class ViTCifarConfig(PreTrainedConfig):
     Raises:
         ValueError: at construction, in one line with field, expected and got, for sizes below 1, probabilities
             outside 0..1, unknown words, heads that do not divide the width, patches that do not divide the image,
-            `num_labels` that disagrees with `id2label`, and a keyword that looks like a misspelt field.
+            `num_labels` that disagrees with `id2label`, class numbers with a gap, and a keyword that looks like
+            a misspelt field.
 
     Example:
 
@@ -100,6 +101,11 @@ class ViTCifarConfig(PreTrainedConfig):
         elif self.problem_type == "single_label_classification" and num_labels == 1 and loaded:
             self.problem_type = None  # a classifier reloaded with one output: transformers makes that a regression
         super().__post_init__(**kwargs)
+        if self.id2label is not None and sorted(self.id2label) != list(range(len(self.id2label))):
+            got = ", ".join(map(str, self.id2label))
+            raise ValueError(
+                f"id2label: expected the keys 0 to {len(self.id2label) - 1}, one for each class, got {got}"
+            )
         if self.label2id is None and self.id2label is not None:
             self.label2id = {name: index for index, name in self.id2label.items()}
         self.validate_architecture()  # here as well as by @strict, which would wrap the one line into two
