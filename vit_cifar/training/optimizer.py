@@ -1,5 +1,8 @@
 """Which parameters are trained how: Muon for the matrices, AdamW for the rest; what is decayed and what is not."""
 
+from collections import defaultdict
+from functools import reduce
+
 import torch
 from torch import nn
 
@@ -19,32 +22,33 @@ def muon_parameter_names(model: nn.Module) -> list[str]:
     return [name for name in decayed_parameter_names(model) if name.startswith(inside)]
 
 
-def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
-    """(m, n) -> about U Vᵀ of its singular value decomposition, in float32, by five quintic Newton-Schulz steps
-    (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
+def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
+    """(B, m, n) -> about U Vᵀ of the singular value decomposition of each, in float32, by five quintic Newton-Schulz
+    steps (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
 
     Each step X <- f X multiplies by a polynomial f of X Xᵀ. All these are symmetric and commute, so that they are
     found from the smaller square X Xᵀ alone and meet the matrix once, at the end: "Gram Newton-Schulz" (Zhang, Amsel,
     Chen, Dao 2026, https://dao-lab.ai/blog/2026/gram-newton-schulz), which in float32 needs no restart.
     """
-    wide = matrix.float() if len(matrix) <= matrix.shape[1] else matrix.float().T
-    wide = wide / wide.norm().clamp(min=1e-7)
-    gram, factors = wide @ wide.T, []
-    for step in range(5):
-        if step:
+    is_tall = matrices.shape[1] > matrices.shape[2]
+    wide = matrices.mT.float() if is_tall else matrices.float()
+    wide = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    gram, factors = wide @ wide.mT, []
+    for _ in range(5):
+        if factors:
             gram = factors[-1] @ gram @ factors[-1]
-        factor = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        factor.diagonal().add_(3.4445)
-        factors.append(factor)
-    found = torch.linalg.multi_dot([*factors, wide])
-    return found if len(matrix) <= matrix.shape[1] else found.T
+        factors.append(torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315))
+        factors[-1].diagonal(dim1=1, dim2=2).add_(3.4445)
+    found = reduce(torch.bmm, [*factors, wide])
+    return found.mT if is_tall else found
 
 
 class Muon(torch.optim.Optimizer):
     """Muon for matrices (Jordan et al. 2024, as above), with a Nesterov momentum of 0.95 and decoupled weight decay.
 
-    `torch.optim.Muon` with its defaults, but for the number format: torch's orthogonalizes in bf16, and on a processor
-    without units for it a step takes some 25 times as long.
+    `torch.optim.Muon` with its defaults, but for two things: that one orthogonalizes in bf16, where on a processor
+    without units for it a step takes some 25 times as long, and one matrix after the other, where a GPU waits for the
+    start of each of many small products.
     """
 
     momentum = 0.95
@@ -55,15 +59,19 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None) -> None:
         for group in self.param_groups:
+            of_shape = defaultdict(list)
             for p in (p for p in group["params"] if p.grad is not None):
                 state = self.state[p]
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(p.grad)
                 average = state["momentum_buffer"]
                 average.lerp_(p.grad, 1 - self.momentum)
-                update = orthogonalize(p.grad.lerp(average, self.momentum))
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-group["lr"] * max(1, len(p) / p.shape[1]) ** 0.5)
+                of_shape[p.shape].append((p, p.grad.lerp(average, self.momentum)))
+            for (rows, columns), pairs in of_shape.items():
+                updates = orthogonalize(torch.stack([update for _, update in pairs]))
+                for (p, _), update in zip(pairs, updates, strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
