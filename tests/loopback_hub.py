@@ -40,6 +40,7 @@ class Repo:
     """One repository: what each commit holds, and what branches and tags point to."""
 
     private: bool = False
+    gated: bool = False
     commits: dict[str, Files] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
     refs: dict[str, str] = field(default_factory=dict)
@@ -284,7 +285,14 @@ class _Handler(BaseHTTPRequestHandler):
         repo = self.repo(kind, id)
         sha = repo.sha(revision)
         siblings = [{"rfilename": path} for path in repo.commits[sha]]
-        return {"id": id, "sha": sha, "private": repo.private, "tags": [], "siblings": siblings}, None
+        return {
+            "id": id,
+            "sha": sha,
+            "private": repo.private,
+            "gated": repo.gated and "auto",
+            "tags": [],
+            "siblings": siblings,
+        }, None
 
     @route("GET", "/api/{kind}/{id}/revision/{revision}")
     def info_at(self, kind: str, id: str, revision: str):

@@ -35,11 +35,6 @@ PrivateOption = Annotated[bool, typer.Option("--private", help="Make a new repos
 KeepOption = Annotated[Path | None, typer.Option("--output", "-o", help="A new folder to keep what was made.")]
 
 
-@app.callback()
-def _commands() -> None:
-    """Makes each function below a command of its own."""
-
-
 @app.command()
 def predict(
     images: Annotated[list[Path], typer.Argument(help="Image files.", show_default=False)],
@@ -124,18 +119,19 @@ def explain(
     from .models import load_model
 
     files = files_in(images)
-    opened = [open_image(path) for path in files]  # all of them before any work: an error leaves nothing half done
+    for path in files:  # all of them before any work, and none is kept: there may be thousands
+        open_image(path)
     network, processor = load_model(model)
     options = map_options(network.config, method, layer, head, class_name)
     if len(images) == 1 and images[0].is_file():
         _check_new_file(output)
-        found = explain_image(network, processor, opened[0], name_of(model), **options)
+        found = explain_image(network, processor, open_image(files[0]), name_of(model), **options)
         found.save(output)
         print(f"{files[0]}: {found}")
         return
     with new_folder(output) as folder:
-        for path, image in tqdm(list(zip(files, opened, strict=True)), unit=" images"):
-            found = explain_image(network, processor, image, name_of(model), **options)
+        for path in tqdm(files, unit=" images"):
+            found = explain_image(network, processor, open_image(path), name_of(model), **options)
             found.save(folder / f"{path.stem}.png")
             tqdm.write(f"{path}: {found}")
 

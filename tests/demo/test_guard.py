@@ -1,8 +1,12 @@
+import asyncio
 import os
 import time
 from pathlib import Path
 
+import gradio as gr
 import pytest
+import safehttpx
+from gradio import processing_utils
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -10,7 +14,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from vit_cifar.demo.guard import JSON_BYTES, UPLOAD_BYTES, Guard, allowed, own_cache, trim
+from vit_cifar.demo.guard import JSON_BYTES, UPLOAD_BYTES, Guard, allowed, no_downloads, own_cache, trim
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +39,27 @@ def test_a_body_over_the_limit_is_refused(client, path, limit, chunked):
             assert (answer.status_code, answer.text) == (200, str(size))
         else:
             assert answer.status_code == 413 and f"expected at most {limit:,} bytes" in answer.text
+
+
+def test_an_address_in_place_of_an_upload_is_not_fetched(monkeypatch):
+    fetched = []
+
+    async def fetch(url, *_, **__):
+        fetched.append(url)
+        raise ConnectionError
+
+    monkeypatch.setattr(safehttpx, "get", fetch)
+    monkeypatch.setattr(
+        processing_utils, "async_ssrf_protected_download", processing_utils.async_ssrf_protected_download
+    )
+    picture = {"path": "https://example.com/x.png", "meta": {"_type": "gradio.FileData"}}
+    with pytest.raises(ConnectionError):
+        asyncio.run(processing_utils.async_move_files_to_cache(picture, gr.Image()))
+    assert fetched == ["https://example.com/x.png"]  # gradio as it is
+    no_downloads()
+    with pytest.raises(gr.Error, match="got the address https://example.com/x.png"):
+        asyncio.run(processing_utils.async_move_files_to_cache(picture, gr.Image()))
+    assert len(fetched) == 1
 
 
 def test_a_large_body_is_not_read_to_its_end(client):

@@ -256,6 +256,20 @@ def test_the_upload_goes_through_the_door_for_images(subject, client, tmp_path):
     assert close(pixels(predict(client, turned).seen), seen)
 
 
+@pytest.mark.parametrize("ending", ["tif", "ppm", "png"])
+def test_what_browsers_cannot_draw_is_shown_as_something_that_they_can(client, tmp_path, ending):
+    path = tmp_path / f"frog.{ending}"
+    open_image(EXAMPLES / "frog.png").save(path)
+    shown = client.predict(handle_file(path), "", LAYERS, "mean", api_name="/predict")[0]
+    with Image.open(shown) as picture:
+        assert picture.format == ("PNG" if ending == "png" else "WEBP")
+
+
+def test_a_class_that_is_not_there(client):
+    with pytest.raises(AppError, match="^class: expected one of .*cat.*, got 'cow'"):
+        client.predict(handle_file(EXAMPLES / "cat.png"), "cow", LAYERS, "mean", api_name="/predict")
+
+
 def bad_files() -> dict[str, bytes]:
     buffer = BytesIO()
     Image.new("1", (13000, 13000)).save(buffer, "PNG")  # small as a file, huge when decoded

@@ -40,6 +40,15 @@ def test_the_file_says_what_it_shows(model_and_processor, method, tmp_path):
     assert ("class token to itself" in said) == (method not in ("occlusion", "random"))
 
 
+def test_a_class_is_found_by_the_name_that_it_is_shown_by(model_and_processor, monkeypatch):
+    """`from_pretrained(folder, id2label=...)` leaves the old label2id as it was."""
+    model, processor = model_and_processor
+    monkeypatch.setattr(model.config, "id2label", {index: f"kind {index}" for index in range(10)})
+    options = map_options(model.config, "occlusion", class_name="kind 3")
+    explanation = explain_image(model, processor, open_image(EXAMPLE), "a-model", **options)
+    assert explanation.said()["class"] == "kind 3"
+
+
 def test_layer_and_head_count_from_one(tiny_model_folder):
     model, processor = load_model(str(tiny_model_folder))
     image = open_image(EXAMPLE)

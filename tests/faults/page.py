@@ -290,6 +290,8 @@ def network() -> dict:
             for picture in ({"path": address}, {"path": address, "meta": {"_type": "gradio.FileData"}}):
                 answer = visitor.call("predict", picture | {"url": address}, "", 1, "mean")
                 assert answer is None or readable(answer), answer  # None: gradio itself says no, with no reason
+                if address.startswith("http") and "meta" in picture:  # gradio would fetch it before any check of ours
+                    assert "got the address" in answer, answer
 
         pages = [f"/gradio_api/{door}{address}" for door in DOORS for address in [*outside, *elsewhere]]
         pages += [f"/{folder}/{'..%2f' * 12}etc/passwd" for folder in ("static", "assets", "svelte", "gradio_api")]

@@ -164,13 +164,15 @@ def test_private_is_not_ignored_for_a_public_repository(hub, tmp_path):
     assert hub.repos["model", MODEL_ID].messages == ["initial commit"]
 
 
-@pytest.mark.parametrize("how", ["missing", "private", "not ours"])
+@pytest.mark.parametrize("how", ["missing", "private", "gated", "not ours"])
 def test_a_space_that_could_not_start_is_refused(hub, tmp_path, how):
     if how != "missing":
         hub.add_repo("model", MODEL_ID, {"config.json": b'{"model_type": "bert"}'})
         hub.repos["model", MODEL_ID].private = how == "private"
+        hub.repos["model", MODEL_ID].gated = how == "gated"
     words = ["publish-space", "--repo-id", SPACE_ID, "--model-id", MODEL_ID, "--push"]
-    assert "model" in one_line(vit_cifar(hub, tmp_path, *words))
+    said = one_line(vit_cifar(hub, tmp_path, *words))
+    assert "model" in said and (how not in ("private", "gated") or f"which is {how}" in said)
     assert ("space", SPACE_ID) not in hub.repos
 
 

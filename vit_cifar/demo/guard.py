@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory, gettempdir
 from threading import Thread
 
 import gradio as gr
+from gradio import processing_utils
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -70,6 +71,16 @@ def allowed(path: str) -> bool:
     if rest.startswith("file="):
         return not rest[5:].lower().startswith(("http:", "https:"))  # gradio would fetch it
     return rest.partition("/")[0] in ASKED
+
+
+def no_downloads() -> None:
+    """From now on gradio fetches nothing from an address that a visitor names in place of an upload: whole, of any
+    size, from any server but this one."""
+
+    async def refuse(url: str, cache_dir: str) -> str:
+        raise gr.Error(f"the upload: expected a file, got the address {url[:100]}", print_exception=False)
+
+    processing_utils.async_ssrf_protected_download = refuse  # gradio has no setting for it
 
 
 @contextmanager

@@ -10,12 +10,13 @@ from starlette.middleware import Middleware
 
 from ..images import ImageError, open_image
 from . import tabs
-from .guard import UPLOAD_BYTES, Guard, keep_small, own_cache
+from .guard import UPLOAD_BYTES, Guard, keep_small, no_downloads, own_cache
 from .views import Subject, caution, load_subjects, open_upload, probabilities, seen_picture
 
 ASSETS = Path(__file__).parent / "assets"
 EXAMPLES = ASSETS / "examples"
 FIRST_EXAMPLE = "dog.png"
+DRAWN_BY_BROWSERS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 
 # Fonts by name only, so that the page asks no other server for anything; teal dark enough for white text.
 THEME = gr.themes.Base(primary_hue="teal", font=["system-ui", "sans-serif"], font_mono=["system-ui", "sans-serif"]).set(
@@ -54,6 +55,7 @@ def serve(model: str | None) -> None:
     for name in ("SIGTERM", "SIGHUP"):  # or the cache would stay; Windows has no SIGHUP
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.default_int_handler)
+    no_downloads()
     with own_cache() as folder:
         page = build_page(subjects)
         keep_small(folder, page)
@@ -143,15 +145,21 @@ def _show(page: gr.Blocks, subject: Subject) -> None:
 
     def predict(upload: dict | None, target: str, layer: int, head: str) -> list:
         """The picture, class probabilities, the plain word, the image as the model saw it, and what each tab shows."""
+        if target not in ("", *subject.classes):  # of a program; gradio checks only what it preprocesses
+            raise gr.Error(
+                f"class: expected one of {', '.join(subject.classes)}, got {target!r}", print_exception=False
+            )
         try:
-            pixel_values = subject.pixels(open_upload(upload, source.GRADIO_CACHE))
+            image = open_upload(upload, source.GRADIO_CACHE)
+            pixel_values = subject.pixels(image)
         except ImageError as error:
             raise gr.Error(str(error), print_exception=False) from error
         seen = subject.look(pixel_values, target)
         drawn = [*maps.draw(seen, layer, head), *(value for part in parts for value in part.draw(seen))]
         chances = probabilities(subject, seen.logits[0])
         picture = seen_picture(subject, pixel_values, chances)
-        return [upload["path"], chances, caution(subject, chances), picture, pixel_values, *drawn]
+        shown = upload["path"] if Path(upload["path"]).suffix.lower() in DRAWN_BY_BROWSERS else image
+        return [shown, chances, caution(subject, chances), picture, pixel_values, *drawn]
 
     # preprocess=False, because gradio decodes the file before any check. source.upload and source.clear, because
     # source.change comes twice for one upload. One concurrency_id, so that what comes first is answered first, and

@@ -94,9 +94,10 @@ def load_subjects(name: str | None) -> list[Subject]:
     names = [name] if name else [str(path.parent) for path in BUNDLED_MODELS.glob("*/config.json")]
     subjects = []
     for name in sorted(names, key=lambda name: (Path(name).name != DEFAULT_MODEL, name)) or [None]:
-        model, processor = load_model(name)
+        folder = local_folder(name) if name else None  # once: a branch may move on, and both are to be of one commit
+        model, processor = load_model(folder and str(folder))
         try:
-            examination = read_examination(local_folder(name))
+            examination = read_examination(folder)
         except RecordError as error:  # the page is of use without it
             print(error, file=sys.stderr)
             examination = None

@@ -18,6 +18,7 @@ from ..explain.perturbation import (
     METHODS,
     bootstrap_interval,
     deletion_insertion,
+    feature_ablation,
     look,
     randomized,
     rank_correlation,
@@ -109,6 +110,7 @@ def examine_folder(folder: Path, dataset_name: str | None, images: int) -> Exami
             out; or the test accuracy is not the record's, so that it is another dataset.
         ModelError, DataError: the model or the dataset cannot be used.
     """
+    feature_ablation()  # minutes before it is needed
     record = records.read_record(folder)
     arguments = record["arguments"]
     if not arguments["validation_size"]:

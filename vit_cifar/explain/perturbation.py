@@ -72,6 +72,19 @@ def _on_pixels(patches: torch.Tensor, size: int) -> torch.Tensor:
     return patches[:, None].repeat_interleave(size, 2).repeat_interleave(size, 3)
 
 
+def feature_ablation() -> type:
+    """captum's class.
+
+    Raises:
+        UserError: captum is not installed.
+    """
+    try:
+        from captum.attr import FeatureAblation
+    except ModuleNotFoundError as error:
+        raise UserError('occlusion: expected captum, got none: pip install "vit-cifar[demo]"') from error
+    return FeatureAblation
+
+
 @torch.no_grad()
 def occlusion(model: ViTCifarForImageClassification, pixel_values: torch.Tensor, classes: torch.Tensor) -> AttentionMap:
     """How far the probability of a class falls when one patch gets the mean colour (Zeiler and Fergus 2014,
@@ -83,15 +96,10 @@ def occlusion(model: ViTCifarForImageClassification, pixel_values: torch.Tensor,
     Raises:
         UserError: captum is not installed.
     """
-    try:
-        from captum.attr import FeatureAblation
-    except ModuleNotFoundError as error:
-        raise UserError('occlusion: expected captum, got none: pip install "vit-cifar[demo]"') from error
-
     size = model.config.patch_size
     height, width = (length // size for length in pixel_values.shape[-2:])
     patches = _on_pixels(torch.arange(height * width, device=pixel_values.device).view(1, height, width), size)
-    ablation = FeatureAblation(lambda pixels: model(pixels).logits.softmax(-1))
+    ablation = feature_ablation()(lambda pixels: model(pixels).logits.softmax(-1))
     falls = ablation.attribute(
         pixel_values, MEAN_COLOUR, target=classes, feature_mask=patches, perturbations_per_eval=STEPS
     )

@@ -150,7 +150,9 @@ def explain_image(
 ) -> Explanation:
     """One RGB image's map; see `map_options` for what the arguments may be."""
     pixel_values = processor(image, return_tensors="pt").pixel_values.to(model.device, model.dtype)
-    classes = None if class_name is None else torch.tensor([model.config.label2id[class_name]], device=model.device)
+    classes = (
+        None if class_name is None else torch.tensor([class_names(model.config).index(class_name)], device=model.device)
+    )
     return explain(look(model, pixel_values, classes), processor, model_name, method, layer, head)
 
 

@@ -1,5 +1,6 @@
 """A model folder's records -> its model card. Not a number comes from anywhere else."""
 
+from importlib.metadata import requires
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -67,6 +68,7 @@ def _fill(folder: Path, repo_id: str) -> str:
         worst=min(per_class, key=per_class.get),
         best=max(per_class, key=per_class.get),
         passes=passes(record),
+        transformers=next(word for word in requires("vit-cifar") if word.startswith("transformers")),
         settings={
             name: arguments[name]
             for name in SETTINGS

@@ -51,8 +51,9 @@ def publish_space(
         check_login()
     with hub_errors(f"model {model_id}"):
         model = HfApi().model_info(model_id, revision=model_revision)
-    if model.private:
-        raise PublishError(f"model-id: expected a public model, got {model_id}, which a Space has no token for")
+    if model.private or model.gated:
+        kind = "private" if model.private else "gated"
+        raise PublishError(f"model-id: expected a public model, got {model_id}, which is {kind}: a Space has no token")
     commit = model.sha
     load_model(f"{model_id}@{commit}")  # or the Space would not start
     with new_folder(output) as folder:
