@@ -8,7 +8,8 @@ import gradio as gr
 import torch
 from starlette.middleware import Middleware
 
-from ..images import ImageError, open_image
+from ..errors import UserError
+from ..images import open_image
 from . import tabs
 from .guard import UPLOAD_BYTES, Guard, keep_small, no_downloads, own_cache
 from .views import Subject, caution, load_subjects, open_upload, probabilities, seen_picture
@@ -145,16 +146,12 @@ def _show(page: gr.Blocks, subject: Subject) -> None:
 
     def predict(upload: dict | None, target: str, layer: int, head: str) -> list:
         """The picture, class probabilities, the plain word, the image as the model saw it, and what each tab shows."""
-        if target not in ("", *subject.classes):  # of a program; gradio checks only what it preprocesses
-            raise gr.Error(
-                f"class: expected one of {', '.join(subject.classes)}, got {target!r}", print_exception=False
-            )
         try:
             image = open_upload(upload, source.GRADIO_CACHE)
             pixel_values = subject.pixels(image)
-        except ImageError as error:
+            seen = subject.look(pixel_values, target)
+        except UserError as error:  # a picture that cannot be read, or a class that a program made up
             raise gr.Error(str(error), print_exception=False) from error
-        seen = subject.look(pixel_values, target)
         drawn = [*maps.draw(seen, layer, head), *(value for part in parts for value in part.draw(seen))]
         chances = probabilities(subject, seen.logits[0])
         picture = seen_picture(subject, pixel_values, chances)

@@ -18,7 +18,7 @@ from ..evaluation.records import RecordError
 from ..explain.attention import cls_map
 from ..explain.overlay import classic_overlay, colour_overlay, denormalize
 from ..explain.perturbation import METHODS, Look, hide_patches, look
-from ..explain.pictures import UNITS, Explanation, explain, name_of
+from ..explain.pictures import UNITS, Explanation, class_index, explain, name_of
 from ..images import ImageError, open_image
 from ..modeling_vit_cifar import ViTCifarForImageClassification
 from ..models import BUNDLED_MODELS, DEFAULT_MODEL, class_names, load_model, local_folder
@@ -60,9 +60,15 @@ class Subject:
         return denormalize(pixel_values.float().cpu(), self.processor.image_mean, self.processor.image_std)
 
     def look(self, pixel_values: torch.Tensor, class_name: str = "") -> Look:
-        """Both passes for one image, towards one class; "" for the model's answer."""
-        chosen = torch.tensor([self.classes.index(class_name)], device=pixel_values.device) if class_name else None
-        return look(self.model, pixel_values, chosen)
+        """Both passes for one image, towards one class; "" for the model's answer.
+
+        Raises:
+            ExplanationError: the model has no such class.
+        """
+        if class_name == "":
+            return look(self.model, pixel_values)
+        index = class_index(self.model.config, class_name)
+        return look(self.model, pixel_values, torch.tensor([index], device=pixel_values.device))
 
     def explain(self, seen: Look, method: str, layer: int = 1, head: str = "mean") -> Explanation:
         """One method's map of the one image that was looked at; only `attention` has layers and heads."""

@@ -105,6 +105,18 @@ def files_in(paths: list[Path]) -> list[Path]:
     return files
 
 
+def class_index(config: ViTCifarConfig, class_name: str) -> int:
+    """By the name that is shown: label2id may be of other names, after `from_pretrained(folder, id2label=...)`.
+
+    Raises:
+        ExplanationError: the model has no such class.
+    """
+    names = class_names(config)
+    if class_name not in names:
+        raise ExplanationError(f"class: expected one of {', '.join(names)}, got {class_name!r}")
+    return names.index(class_name)
+
+
 def map_options(
     config: ViTCifarConfig,
     method: str = "attention",
@@ -132,9 +144,8 @@ def map_options(
         raise ExplanationError(f"layer: expected 1 to {layers}, got {layer}")
     if head not in ("mean", "max", *map(str, range(1, heads + 1))):
         raise ExplanationError(f"head: expected 1 to {heads}, mean or max, got {head!r}")
-    names = class_names(config)
-    if class_name is not None and class_name not in names:
-        raise ExplanationError(f"class: expected one of {', '.join(names)}, got {class_name!r}")
+    if class_name is not None:
+        class_index(config, class_name)
     return {"method": method, "layer": layer, "head": head, "class_name": class_name}
 
 
@@ -150,9 +161,7 @@ def explain_image(
 ) -> Explanation:
     """One RGB image's map; see `map_options` for what the arguments may be."""
     pixel_values = processor(image, return_tensors="pt").pixel_values.to(model.device, model.dtype)
-    classes = (
-        None if class_name is None else torch.tensor([class_names(model.config).index(class_name)], device=model.device)
-    )
+    classes = None if class_name is None else torch.tensor([class_index(model.config, class_name)], device=model.device)
     return explain(look(model, pixel_values, classes), processor, model_name, method, layer, head)
 
 
