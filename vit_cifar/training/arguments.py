@@ -141,6 +141,7 @@ def parse_arguments(argv: list[str]) -> tuple[RecipeArguments, TrainingArguments
             action.help = "a checkpoint folder; without a value, the newest whole one in output_dir"
     parser.set_defaults(remove_unused_columns=False, restore_callback_states_from_checkpoint=True)
     parser.set_defaults(logging_strategy="epoch")  # what a record's rows are made of
+    parser.set_defaults(ddp_find_unused_parameters=False)  # there are none; looking for them costs time, and a warning
 
     if not {"-h", "--help"} & set(argv):
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, prog=parser.prog, usage=parser.usage)
