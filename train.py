@@ -34,7 +34,8 @@ def main(argv: list[str]) -> None:
             start_revision = records.weights_sha256(start_folder) if is_own else start_folder.name
         pretrained, processor = load_start(recipe, start_folder)
         image_size = processor.size["height"]
-        train_set, validation_set, test_set = load_data(recipe, image_size)
+        with args.main_process_first(desc="the dataset"):  # the others find it decoded
+            train_set, validation_set, test_set = load_data(recipe, image_size)
         twice = duplicates(test_set, train_set)
         set_seed(args.seed)
         attention = recipe.attn_implementation or fastest_attention(args.bf16, args.device)

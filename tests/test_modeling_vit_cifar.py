@@ -277,6 +277,8 @@ def test_hidden_states_run_from_the_embeddings_to_the_last_layer():
 def test_a_tuple_if_asked_for():
     logits, attentions = build()(images(), return_dict=False, output_attentions=True)
     assert logits.shape == (3, 10) and len(attentions) == 2
+    logits, attentions = build(return_dict=False)(images(), output_attentions=True)
+    assert logits.shape == (3, 10) and len(attentions) == 2
 
 
 # Patch embedding

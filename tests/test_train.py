@@ -116,6 +116,11 @@ def test_resume_from_the_middle_of_an_epoch_by_name(smoke_folder, tmp_path):
     again = train("--recipe", "smoke", "--output_dir", tmp_path / "again", "--resume_from_checkpoint", checkpoint)
     assert again.returncode == 0, again.stderr
     assert weights_sha256(tmp_path / "again") == weights_sha256(folder) == weights_sha256(smoke_folder)
+    # Another training's folder would lose its checkpoints, and one of them might be taken for the best of this one.
+    other = smoke_folder / "checkpoint-95"
+    refused = train("--recipe", "smoke", "--output_dir", folder, "--resume_from_checkpoint", other)
+    assert refused.returncode == 2
+    assert "output_dir: expected a folder that holds no other training" in refused.stderr.splitlines()[-1]
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over_and_refused_by_name(smoke_folder, tmp_path):
@@ -149,7 +154,7 @@ def test_a_finished_training_is_not_overwritten(smoke_folder):
     before = {path: path.stat().st_mtime_ns for path in smoke_folder.rglob("*")}
     refused = train("--recipe", "smoke", "--output_dir", smoke_folder)
     assert refused.returncode == 2
-    assert "output_dir: expected a folder that holds no training" in refused.stderr.splitlines()[-1]
+    assert "output_dir: expected a folder that holds no other training" in refused.stderr.splitlines()[-1]
     assert before == {path: path.stat().st_mtime_ns for path in smoke_folder.rglob("*")}
 
 

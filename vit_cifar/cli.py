@@ -290,6 +290,7 @@ def _check_new_file(output: Path) -> None:
 def main() -> None:
     from huggingface_hub.utils import disable_progress_bars
     from huggingface_hub.utils.logging import set_verbosity_error
+    from safetensors import SafetensorError
     from transformers.utils import logging
 
     # Of small files; decoding keeps its own. Of retries: if they come to nothing, the error says so.
@@ -300,6 +301,6 @@ def main() -> None:
     warnings.filterwarnings("ignore", module="PIL|torch")  # of damaged files: the error says what the user needs
     try:
         app()
-    except (UserError, OSError) as error:  # the second: a full disk, or a folder that is not ours to write
+    except (UserError, OSError, SafetensorError) as error:  # the last two: a full disk, a folder not ours to write
         print(f"vit-cifar: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

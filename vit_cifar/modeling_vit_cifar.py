@@ -334,7 +334,7 @@ class ViTCifarForImageClassification(ViTCifarPreTrainedModel):
 
         Returns: `logits` (B, num_labels), and what was asked for of `loss`, `attentions`, `hidden_states`.
         """
-        outputs = self.vit(pixel_values, **kwargs)
+        outputs = self.vit(pixel_values, return_dict=True, **kwargs)  # whatever the config says
         logits = self.classifier(outputs.pooler_output)
         loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
         return ImageClassifierOutput(

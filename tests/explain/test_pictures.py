@@ -6,7 +6,7 @@ from PIL import Image
 
 from vit_cifar.explain.overlay import figure_with_colourbar
 from vit_cifar.explain.perturbation import METHODS
-from vit_cifar.explain.pictures import UNITS, explain_image, files_in, map_options
+from vit_cifar.explain.pictures import UNITS, draw_overlays, explain_image, files_in, map_options
 from vit_cifar.images import open_image
 from vit_cifar.models import load_model
 
@@ -20,6 +20,13 @@ def model_and_processor():
 
 def test_every_method_has_a_unit():
     assert set(UNITS) == set(METHODS)
+
+
+def test_the_cards_picture_of_a_bf16_model_whose_classes_are_no_formulas(model_and_processor, tmp_path):
+    model, processor = model_and_processor
+    names = {index: "$" * (index + 1) for index in range(10)}
+    half = type(model)(type(model.config).from_dict(model.config.to_dict() | {"id2label": names})).bfloat16().eval()
+    draw_overlays(half, processor, [open_image(EXAMPLE)], ["label: $"]).savefig(tmp_path / "picture.png")
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -77,6 +77,14 @@ def assert_stock_equals(model, folder):
     return stock
 
 
+def test_a_full_disk_is_one_line(tmp_path):
+    model_in(tmp_path / "model", patch_embedding="linear")
+    export = [sys.executable, "-m", "vit_cifar", "export", "model", "--format", "vit", "--output", "exported"]
+    finished = run("sh", "-c", 'ulimit -f 64; exec "$@"', "sh", *export, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert finished.returncode == 2 and finished.stderr.splitlines()[-1].startswith("vit-cifar: ")
+    assert "Traceback" not in finished.stderr and not (tmp_path / "exported").exists()
+
+
 @pytest.mark.parametrize("fields", VARIANTS, ids=lambda fields: "-".join(map(str, fields.values())))
 def test_vit_of_every_variant_without_a_stem(fields, tmp_path):
     model = model_in(tmp_path / "model", **fields)

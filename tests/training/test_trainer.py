@@ -113,6 +113,14 @@ def test_a_save_at_the_end_of_an_epoch_holds_its_evaluation(make, tmp_path):
     assert (tmp_path / "checkpoint-2").exists()
 
 
+def test_an_evaluation_within_the_epoch_before_the_first_eligible_one_is_not_kept(make):
+    trainer = make("--first_eligible_epoch", "2", "--metric_for_best_model", "accuracy", "--greater_is_better", "true")
+    for epoch, kept in ((1.75, None), (2.0, 0.5)):
+        trainer.state.epoch = epoch
+        trainer._determine_best_metric({"eval_loss": 0.5, "eval_accuracy": 0.5}, None)
+        assert trainer.state.best_metric == kept
+
+
 @pytest.mark.parametrize("before", [(), ("--early_stopping_patience", "7")])
 def test_a_resumed_training_has_the_patience_that_it_is_given(make, tmp_path, before):
     words = ("--num_train_epochs", "2", "--save_strategy", "epoch", "--eval_strategy", "epoch")

@@ -17,8 +17,8 @@ from ..evaluation.examination import Examination, read_examination
 from ..evaluation.records import RecordError
 from ..explain.attention import cls_map
 from ..explain.overlay import classic_overlay, colour_overlay, denormalize
-from ..explain.perturbation import METHODS, Look, hide_patches, look
-from ..explain.pictures import UNITS, Explanation, class_index, explain, name_of
+from ..explain.perturbation import METHODS, Look, hide_patches
+from ..explain.pictures import UNITS, Explanation, explain, look_at, name_of, to_pixels
 from ..images import ImageError, open_image
 from ..modeling_vit_cifar import ViTCifarForImageClassification
 from ..models import BUNDLED_MODELS, DEFAULT_MODEL, class_names, load_model, local_folder
@@ -50,25 +50,17 @@ class Subject:
         """(h, w) of the patches."""
         return (self.model.config.image_size // self.model.config.patch_size,) * 2
 
-    def pixels(self, image: Image.Image) -> torch.Tensor:
-        """An RGB image of any size -> (1, 3, H, W), normalised."""
-        pixel_values = self.processor(image, return_tensors="pt").pixel_values
-        return pixel_values.to(self.model.device, self.model.dtype)
+    def pixels(self, images: Image.Image | list[Image.Image]) -> torch.Tensor:
+        """See `to_pixels`."""
+        return to_pixels(self.model, self.processor, images)
 
     def seen(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Normalised (B, 3, H, W) -> 0..1."""
         return denormalize(pixel_values.float().cpu(), self.processor.image_mean, self.processor.image_std)
 
     def look(self, pixel_values: torch.Tensor, class_name: str = "") -> Look:
-        """Both passes for one image, towards one class; "" for the model's answer.
-
-        Raises:
-            ExplanationError: the model has no such class.
-        """
-        if class_name == "":
-            return look(self.model, pixel_values)
-        index = class_index(self.model.config, class_name)
-        return look(self.model, pixel_values, torch.tensor([index], device=pixel_values.device))
+        """See `look_at`; "" is the page's word for the model's answer."""
+        return look_at(self.model, pixel_values, class_name or None)
 
     def explain(self, seen: Look, method: str, layer: int = 1, head: str = "mean") -> Explanation:
         """One method's map of the one image that was looked at; only `attention` has layers and heads."""
@@ -98,10 +90,12 @@ def load_subjects(name: str | None) -> list[Subject]:
         ModelError: there is no such model.
     """
     names = [name] if name else [str(path.parent) for path in BUNDLED_MODELS.glob("*/config.json")]
+    if not names:
+        load_model()  # which says that there is none
     subjects = []
-    for name in sorted(names, key=lambda name: (Path(name).name != DEFAULT_MODEL, name)) or [None]:
-        folder = local_folder(name) if name else None  # once: a branch may move on, and both are to be of one commit
-        model, processor = load_model(folder and str(folder))
+    for name in sorted(names, key=lambda name: (Path(name).name != DEFAULT_MODEL, name)):
+        folder = local_folder(name)  # once: a branch may move on, and both are to be of one commit
+        model, processor = load_model(str(folder))
         try:
             examination = read_examination(folder)
         except RecordError as error:  # the page is of use without it
@@ -304,14 +298,13 @@ def mistakes(subject: Subject, label: str, answer: str) -> tuple[list[tuple[Imag
         f"{count} test images {what}{kept}: as the model sees each, and what the answer came from (gradient rollout)."
     )
     shown = rows.select([row for _, row in found])
-    pixel_values = torch.cat([subject.pixels(image.convert("RGB")) for image in shown["image"]])
-    seen = look(subject.model, pixel_values, torch.full((len(shown),), pair[1], device=pixel_values.device))
-    images = subject.seen(pixel_values)
+    seen = subject.look(subject.pixels([image.convert("RGB") for image in shown["image"]]), answer)
+    images = subject.seen(seen.pixel_values)
     maps = colour_overlay(METHODS["gradient rollout"](seen).values.cpu(), images)
     description = {"model": subject.name, "method": "gradient rollout", "class": answer, "label": label}
     gallery = []
-    for (confidence, _), index, pair in zip(found, shown["index"], torch.cat([images, maps], dim=3), strict=True):
-        picture = to_picture(pair, description | {"test image": str(index)}, times=4)
+    for (confidence, _), index, both in zip(found, shown["index"], torch.cat([images, maps], dim=3), strict=True):
+        picture = to_picture(both, description | {"test image": str(index)}, times=4)
         gallery.append((picture, f"{answer} {confidence:.0%}, #{index}"))
     return gallery, said
 

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -41,7 +42,6 @@ from . import records
 RECIPE = "tutorial_pe_conv"
 WARM_UP_STEPS = 1
 INFERENCE_BATCH = 64
-# transformers' and timm's ViT mix the heads after attention, the tutorial's model does not: like is compared with like.
 PROJECTED = ", with output projection"
 STOCK = "transformers' ViT, stock Trainer, per-image transforms"
 FORMATS = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -103,6 +103,8 @@ class Contender:
     number_format: str
     run: Callable[[int], float]
     parameters: int | None = None
+    is_ours: bool = False
+    has_projection: bool = True  # after attention, which mixes the heads; like is compared with like
     rates: list[float] = field(default_factory=list)  # images a second, one for each round
     peak_memory_mib: float | None = None  # on top of what the process held before
 
@@ -172,6 +174,7 @@ class PeakMemory:
     """`mib`: the most memory in use meanwhile, on top of what was in use before; None where it cannot be told."""
 
     mib: float | None = None
+    before: int | None = None
 
     def __enter__(self) -> "PeakMemory":
         if torch.cuda.is_available():
@@ -180,14 +183,15 @@ class PeakMemory:
         elif sys.platform == "linux":
             if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
                 libc.malloc_trim(0)  # what earlier contenders freed goes back, or this one would seem to need none
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is in use
-            self.before = psutil.Process().memory_info().rss
+            with suppress(OSError):  # a kernel may be built without it
+                Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is in use
+                self.before = psutil.Process().memory_info().rss
         return self
 
     def __exit__(self, *error: object) -> None:
         if torch.cuda.is_available():
             self.mib = (torch.cuda.max_memory_allocated() - self.before) / 2**20
-        elif sys.platform == "linux":
+        elif self.before is not None:
             peak = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
             self.mib = (int(peak[1]) * 1024 - self.before) / 2**20
 
@@ -209,30 +213,23 @@ def training_contenders(config: ViTCifarConfig, batch_size: int, formats: list[s
     sample = load_split(SAMPLE_NAME, "train")
     many = torch.arange(batch_size * 50) % len(sample)
     train_set = sample.subset(many)
-    rows = load_rows(SAMPLE_NAME)["train"].select(many.tolist())
-    image, label = (
-        next(name for name, feature in rows.features.items() if isinstance(feature, kind))
-        for kind in (datasets.Image, datasets.ClassLabel)
-    )
-    transform = per_image_transform()
+    rows, transform = load_rows(SAMPLE_NAME)["train"].select(many.tolist()), per_image_transform()
     rows.set_transform(
-        lambda batch: {"pixel_values": [transform(i.convert("RGB")) for i in batch[image]], "labels": batch[label]}
+        lambda batch: {"pixel_values": [transform(i.convert("RGB")) for i in batch["img"]], "labels": batch["label"]}
     )
     pixels = normalize(train_set.images[:batch_size], CIFAR10_MEAN, CIFAR10_STD).to(device)
     labels = train_set.labels[:batch_size].to(device)
     contenders = []
     for number_format in formats:
         bf16 = number_format == "bf16"
-        contenders.append(ours("vit-cifar, train.py", config, train_set, batch_size, bf16, folder))
-        contenders.append(
-            ours(f"vit-cifar, train.py{PROJECTED}", projected(config), train_set, batch_size, bf16, folder)
-        )
+        for like in (config, projected(config)):
+            contenders.append(ours(like, train_set, batch_size, bf16, folder))
         loops = {"plain PyTorch loop, the tutorial's model": PlainViT(config)}
         if timm_model := timm_vit(config):
             loops["plain PyTorch loop, timm's ViT"] = timm_model
         for name, model in loops.items():
-            run = plain_loop(model.to(device), pixels, labels, bf16)
-            contenders.append(Contender(name, number_format, run, count(model)))
+            run, has_projection = plain_loop(model.to(device), pixels, labels, bf16), not isinstance(model, PlainViT)
+            contenders.append(Contender(name, number_format, run, count(model), has_projection=has_projection))
         stock = ViTForImageClassification(transformers_config(config))
         arguments = {
             "output_dir": folder,
@@ -261,9 +258,7 @@ def stock_trainer(model: nn.Module, rows: datasets.Dataset, arguments: dict, ste
     return Trainer(model, TrainingArguments(**arguments, max_steps=steps), train_dataset=rows)
 
 
-def ours(
-    name: str, config: ViTCifarConfig, train_set: ImageDataset, batch_size: int, bf16: bool, folder: str
-) -> Contender:
+def ours(config: ViTCifarConfig, train_set: ImageDataset, batch_size: int, bf16: bool, folder: str) -> Contender:
     """What train.py does, Trainer and augmentation included."""
     words = ["--recipe", RECIPE, "--output_dir", folder, "--bf16", str(bf16), "--disable_tqdm", "true"]
     words += ["--per_device_train_batch_size", str(batch_size), "--eval_strategy", "no", "--save_strategy", "no"]
@@ -275,7 +270,10 @@ def ours(
         recipe, args, _ = parse_arguments([*words, "--max_steps", str(steps)])
         return ViTCifarTrainer(model, args, recipe, train_set, train_set, CIFAR10_MEAN, CIFAR10_STD)
 
-    return Contender(name, "bf16" if bf16 else "float32", partial(timed_trainer, make), count(model))
+    has_projection = config.attention_output_projection
+    name = f"vit-cifar, train.py{PROJECTED if has_projection else ''}"
+    number_format = "bf16" if bf16 else "float32"
+    return Contender(name, number_format, partial(timed_trainer, make), count(model), True, has_projection)
 
 
 def projected(config: ViTCifarConfig) -> ViTCifarConfig:
@@ -320,7 +318,9 @@ def inference_contenders(config: ViTCifarConfig, batch_size: int, formats: list[
             models["timm's ViT"] = (timm_model, {})
         for name, (model, options) in models.items():
             step = partial(infer, model.to(device, dtype).eval(), pixels.to(dtype), options)
-            contenders.append(Contender(name, number_format, partial(timed, step), count(model)))
+            is_ours, has_projection = model in (own, like), model is not own
+            run = partial(timed, step)
+            contenders.append(Contender(name, number_format, run, count(model), is_ours, has_projection))
     return contenders
 
 
@@ -431,9 +431,8 @@ def benchmark(batch_size: int = 128, rounds: int = 5, steps: int = 3) -> dict:
     own_rate = statistics.median(own.rates)
     pairs = []
     for contenders in (training, inference):
-        for a in (c for c in contenders if c.name.startswith("vit-cifar")):
-            theirs = [c for c in contenders if not c.name.startswith("vit-cifar")]
-            like = [c for c in theirs if (PROJECTED in a.name) != ("tutorial" in c.name)]
+        for a in (c for c in contenders if c.is_ours):
+            like = [c for c in contenders if not c.is_ours and c.has_projection == a.has_projection]
             pairs += [(a, c) for c in like if a is own or c.number_format == a.number_format]
     return {
         "command": f"vit-cifar benchmark --batch-size {batch_size} --rounds {rounds} --steps {steps}",

@@ -26,7 +26,14 @@ from ..explain.perturbation import (
 from ..integrity import SUMS_NAME, write_checksums
 from ..modeling_vit_cifar import ViTCifarForImageClassification
 from ..models import load_model
-from ..training.data import DataError, ImageDataset, load_split, normalize, recorded_dataset, split_off_validation
+from ..training.data import (
+    DataError,
+    ImageDataset,
+    load_recorded_split,
+    normalize,
+    recorded_dataset,
+    split_off_validation,
+)
 from . import records
 from .metrics import calibration_error, doubtful_below, evaluate, fit_temperature, reliability
 
@@ -116,10 +123,11 @@ def examine_folder(folder: Path, dataset_name: str | None, images: int) -> Exami
     if not arguments["validation_size"]:
         raise records.RecordError("record: expected a training that held images out of train, got validation_size 0")
     model, processor = load_model(str(folder))
-    columns = (model.config.image_size, arguments["image_column"], arguments["label_column"])
     try:
         dataset_name = dataset_name or recorded_dataset(record)
-        train_set, test_set = (load_split(dataset_name, split, *columns) for split in ("train", "test"))
+        train_set, test_set = (
+            load_recorded_split(record, split, dataset_name, model.config.image_size) for split in ("train", "test")
+        )
     except DataError as error:
         raise DataError(f"{error} (--dataset_name names the dataset that the model was trained on)") from error
     _, validation_set = split_off_validation(train_set, arguments["validation_size"], arguments["validation_seed"])
@@ -165,7 +173,7 @@ def examine_maps(model: ViTCifarForImageClassification, processor: ViTImageProce
             result[name][kind] = torch.cat([getattr(part, kind) for part in curves[name]]).mean(dim=0).tolist()
         if name == "random":
             continue
-        correlation = torch.cat(correlations[name]).nanmean().item()
+        correlation = torch.cat(correlations[name]).mean().item()
         result[name] |= {
             "above_random": (score - scores["random"]).mean().item(),
             "above_random_interval": bootstrap_interval(score - scores["random"]),

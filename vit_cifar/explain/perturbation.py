@@ -14,7 +14,8 @@ from ..modeling_vit_cifar import ViTCifarForImageClassification
 from .attention import AttentionMap, cls_map, gradient_rollout, rollout
 
 MEAN_COLOUR = 0.0  # what stands for a patch that is taken away: of normalised pixels, the dataset's mean
-STEPS = 16
+STEPS = 16  # points of a curve, after the first
+OCCLUDED_AT_ONCE = 16  # patches, each a copy of the batch
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +102,7 @@ def occlusion(model: ViTCifarForImageClassification, pixel_values: torch.Tensor,
     patches = _on_pixels(torch.arange(height * width, device=pixel_values.device).view(1, height, width), size)
     ablation = feature_ablation()(lambda pixels: model(pixels).logits.softmax(-1))
     falls = ablation.attribute(
-        pixel_values, MEAN_COLOUR, target=classes, feature_mask=patches, perturbations_per_eval=STEPS
+        pixel_values, MEAN_COLOUR, target=classes, feature_mask=patches, perturbations_per_eval=OCCLUDED_AT_ONCE
     )
     return AttentionMap(falls[:, 0, ::size, ::size])  # every pixel of a patch holds the patch's number
 
@@ -177,5 +178,5 @@ def randomized(model: ViTCifarForImageClassification) -> ViTCifarForImageClassif
 
 
 def rank_correlation(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Spearman's, of two maps (B, h, w) of each image: (B,), in -1..1."""
+    """Spearman's, of two maps (B, h, w) of each image: (B,), in -1..1; 0 if one is the same everywhere."""
     return spearman_corrcoef(a.flatten(1).T.float(), b.flatten(1).T.float())

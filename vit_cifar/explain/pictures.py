@@ -149,6 +149,25 @@ def map_options(
     return {"method": method, "layer": layer, "head": head, "class_name": class_name}
 
 
+def to_pixels(
+    model: ViTCifarForImageClassification, processor: ViTImageProcessor, images: Image.Image | list[Image.Image]
+) -> torch.Tensor:
+    """RGB images of any size -> (B, C, H, W), normalised, as the model takes them."""
+    return processor(images, return_tensors="pt").pixel_values.to(model.device, model.dtype)
+
+
+def look_at(model: ViTCifarForImageClassification, pixel_values: torch.Tensor, class_name: str | None = None) -> Look:
+    """Both passes for a batch (B, C, H, W), towards one class; None for the model's answers.
+
+    Raises:
+        ExplanationError: the model has no such class.
+    """
+    if class_name is None:
+        return look(model, pixel_values)
+    index = class_index(model.config, class_name)
+    return look(model, pixel_values, torch.full((len(pixel_values),), index, device=pixel_values.device))
+
+
 def explain_image(
     model: ViTCifarForImageClassification,
     processor: ViTImageProcessor,
@@ -160,9 +179,8 @@ def explain_image(
     class_name: str | None,
 ) -> Explanation:
     """One RGB image's map; see `map_options` for what the arguments may be."""
-    pixel_values = processor(image, return_tensors="pt").pixel_values.to(model.device, model.dtype)
-    classes = None if class_name is None else torch.tensor([class_index(model.config, class_name)], device=model.device)
-    return explain(look(model, pixel_values, classes), processor, model_name, method, layer, head)
+    seen = look_at(model, to_pixels(model, processor, image), class_name)
+    return explain(seen, processor, model_name, method, layer, head)
 
 
 def explain(
@@ -185,11 +203,11 @@ def draw_overlays(
     model: ViTCifarForImageClassification, processor: ViTImageProcessor, images: list[Image.Image], notes: list[str]
 ) -> Figure:
     """A row an RGB image: as the model sees it, the last layer's attention, both overlays, the answer and a note."""
-    pixel_values = processor(images, return_tensors="pt").pixel_values
+    pixel_values = to_pixels(model, processor, images)
     with torch.inference_mode():
         outputs = model(pixel_values, output_attentions=True)
-    maps = cls_map(outputs.attentions).values
-    seen = denormalize(pixel_values, processor.image_mean, processor.image_std)
+    maps = cls_map(outputs.attentions).values.float().cpu()
+    seen = denormalize(pixel_values.float().cpu(), processor.image_mean, processor.image_std)
     scores, labels = outputs.logits.softmax(-1).max(-1)
     columns = {
         "what the model sees": seen,
@@ -204,5 +222,5 @@ def draw_overlays(
             axis.imshow(picture.numpy(), interpolation="nearest")
             axis.set(xticks=[], yticks=[], title=title if row == 0 else "")
         answer = f"{model.config.id2label[labels[row].item()]} {scores[row]:.0%}"
-        axes[0].set_ylabel("\n".join(filter(None, [answer, notes[row]])))
+        axes[0].set_ylabel("\n".join(filter(None, [answer, notes[row]])), parse_math=False)  # a class may be called $
     return figure

@@ -1,6 +1,6 @@
 """A model folder's records -> its model card. Not a number comes from anywhere else."""
 
-from importlib.metadata import requires
+import tomllib
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -68,7 +68,7 @@ def _fill(folder: Path, repo_id: str) -> str:
         worst=min(per_class, key=per_class.get),
         best=max(per_class, key=per_class.get),
         passes=passes(record),
-        transformers=next(word for word in requires("vit-cifar") if word.startswith("transformers")),
+        transformers=next(word for word in project()["dependencies"] if word.startswith("transformers")),
         settings={
             name: arguments[name]
             for name in SETTINGS
@@ -120,6 +120,11 @@ def _base_model(arguments: dict) -> str | None:
     """The Hub id that the training started from; a local folder's revision is a checksum of its weights."""
     name, revision = arguments.get("model_name_or_path"), arguments.get("model_revision") or ""
     return split_revision(name)[0] if name and len(revision) == COMMIT_LENGTH else None
+
+
+def project() -> dict:
+    """What the checkout's pyproject.toml says of the package: an installation may be of an older one."""
+    return tomllib.loads((HUB_CARD.parent / "pyproject.toml").read_text())["project"]
 
 
 def card_picture(folder: str | Path, examination: Examination) -> Figure:

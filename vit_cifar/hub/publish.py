@@ -24,7 +24,7 @@ from ..evaluation.metrics import evaluate
 from ..evaluation.records import RECORD_NAME, WEIGHTS_NAME, accuracy_tolerance, read_record, write_json
 from ..integrity import write_checksums
 from ..models import HUB_CARD, load_model
-from ..training.data import DataError, load_split, recorded_dataset
+from ..training.data import DataError, load_recorded_split, recorded_dataset
 from . import stranger
 from .card import PICTURE_NAME, card_picture, model_card
 from .folder import new_folder
@@ -199,10 +199,10 @@ def check_accuracy(folder: Path, dataset_name: str | None) -> str:
         DataError: `dataset_name` cannot be used.
     """
     record = read_record(folder)
-    arguments, (model, processor) = record["arguments"], load_model(str(folder))
-    columns = (model.config.image_size, arguments["image_column"], arguments["label_column"])
+    model, processor = load_model(str(folder))
     try:
-        test_set = load_split(dataset_name or recorded_dataset(record), "test", *columns)
+        name = dataset_name or recorded_dataset(record)
+        test_set = load_recorded_split(record, "test", name, model.config.image_size)
     except DataError as error:
         if dataset_name:
             raise

@@ -3,13 +3,13 @@
 import importlib.metadata
 import platform
 import shutil
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi, SpaceCard, SpaceCardData
 
 from ..models import HUB_CARD, load_model, split_revision
+from .card import project
 from .folder import new_folder
 from .publish import CARD_NAME, PublishError, check_login, check_repo_id, describe_files, hub_errors, upload
 
@@ -80,13 +80,13 @@ def build_space_repo(repo_id: str, model_id: str, commit: str, folder: Path) -> 
         gradio = importlib.metadata.version("gradio")
     except importlib.metadata.PackageNotFoundError as error:
         raise PublishError('publish-space: expected gradio, got none: pip install "vit-cifar[demo]"') from error
-    project = tomllib.loads((checkout / "pyproject.toml").read_text())["project"]
-    others = [name for name in project["optional-dependencies"]["demo"] if not name.startswith("gradio")]
-    requirements = [*project["dependencies"], *others, f"gradio=={gradio}"]
+    package_data = project()
+    others = [name for name in package_data["optional-dependencies"]["demo"] if not name.startswith("gradio")]
+    requirements = [*package_data["dependencies"], *others, f"gradio=={gradio}"]
 
     shutil.copyfile(checkout / "app.py", folder / "app.py")
     shutil.copyfile(checkout / "LICENSE", folder / "LICENSE")
-    for path in sorted(package.rglob("*")):  # what the package is made of, and nothing else that lies there
+    for path in sorted(package.rglob("*")):  # what the package is made of
         if path.suffix in PACKAGED:
             target = folder / path.relative_to(checkout)
             target.parent.mkdir(parents=True, exist_ok=True)

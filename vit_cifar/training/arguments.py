@@ -1,7 +1,8 @@
 """A recipe and a command line -> arguments. The command line overrides the recipe, the recipe the defaults."""
 
-import argparse
 import re
+from argparse import ArgumentParser
+from collections.abc import Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -11,7 +12,6 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
-from ..errors import first_line
 from .data import CIFAR10_NAME
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -27,7 +27,7 @@ class RecipeArguments:
         default="finetune",
         metadata={
             "help": "a shipped recipe, or a YAML file with any of these arguments but output_dir, and with config "
-            "fields under model"
+            "fields under model; with model_name_or_path it can be left out"
         },
     )
     model_name_or_path: str | None = field(
@@ -125,15 +125,15 @@ def fastest_attention(bf16: bool, device: torch.device) -> str:
     return "eager" if bf16 and device.type == "cpu" else "sdpa"
 
 
-def parse_arguments(argv: list[str]) -> tuple[RecipeArguments, TrainingArguments, argparse.ArgumentParser]:
+def parse_arguments(argv: list[str]) -> tuple[RecipeArguments, TrainingArguments, ArgumentParser]:
     """Resolves recipe and command line; a user's error ends the process with one line and exit code 2."""
     parser = HfArgumentParser(
         [RecipeArguments, ViTCifarTrainingArguments],
         prog="train.py",
         allow_abbrev=False,  # or a record would not recognise a local folder on the command line
-        usage="python train.py --recipe NAME --output_dir FOLDER [any argument below]",
-        description="Train a ViT-CIFAR model folder that from_pretrained loads, with its record.",
-        epilog=f"shipped recipes: {', '.join(recipe_names())}",
+        usage="python train.py (--recipe NAME | --model_name_or_path MODEL) --output_dir FOLDER [any argument below]",
+        description="Train a ViT-CIFAR model folder that from_pretrained loads, with its record. The defaults "
+        f"below hold where the recipe says nothing. vit_cifar/training/recipes: {', '.join(recipe_names())}.",
     )
     for action in parser._actions:
         if action.dest == "resume_from_checkpoint":
@@ -143,36 +143,45 @@ def parse_arguments(argv: list[str]) -> tuple[RecipeArguments, TrainingArguments
     parser.set_defaults(logging_strategy="epoch")  # what a record's rows are made of
     parser.set_defaults(ddp_find_unused_parameters=False)  # there are none; looking for them costs time, and a warning
 
-    if not {"-h", "--help"} & set(argv):
-        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, prog=parser.prog, usage=parser.usage)
-        first.add_argument("--recipe")
-        first.add_argument("--model_name_or_path", "--model-name-or-path")
-        first.add_argument("--output_dir", "--output-dir", required=True)
-        for name, kind in {"use_cpu": string_to_bool, "fp16": string_to_bool, "optim": str, "optim_args": str}.items():
-            first.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="?", const=True, type=kind)
-        given = first.parse_known_args(argv)[0]
-        if given.recipe is None and given.model_name_or_path is None:
-            parser.error("the following arguments are required: --recipe (or --model_name_or_path)")
-        recipe = _read_recipe(given.recipe or "finetune", parser)
-        model = recipe.pop("model", {})
-        if given.model_name_or_path:
-            model = {}  # the trained one's
-            recipe.pop("whiten_first_convolution", None)  # it is for new ones
-        # What depends on the machine comes before the recipe, so that this or the command line can say otherwise.
-        # use_cpu without a GPU too, or Trainer refuses bf16.
-        known = {"use_cpu": not torch.accelerator.is_available(), "fp16": False} | recipe
-        known |= {name: value for name, value in vars(given).items() if value is not None}
-        parser.set_defaults(
-            use_cpu=known["use_cpu"],
-            bf16=machine_supports_bf16(known["use_cpu"]) and not known["fp16"],
-            dataloader_pin_memory=torch.cuda.is_available() and not known["use_cpu"],
-        )
-        parser.set_defaults(**recipe)
+    if {"-h", "--help"} & set(argv):
+        parser.parse_args(["--help"])  # and ends: no recipe is needed for it
+    first = ArgumentParser(add_help=False, allow_abbrev=False, prog=parser.prog, usage=parser.usage)
+    first.add_argument("--recipe")
+    first.add_argument("--model_name_or_path", "--model-name-or-path")
+    first.add_argument("--output_dir", "--output-dir", required=True)
+    for name, kind in {"use_cpu": string_to_bool, "fp16": string_to_bool, "optim": str, "optim_args": str}.items():
+        first.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="?", const=True, type=kind)
+    given = first.parse_known_args(argv)[0]
+    if given.recipe is None and given.model_name_or_path is None:
+        parser.error("the following arguments are required: --recipe (or --model_name_or_path)")
+    recipe = _read_recipe(given.recipe or "finetune", parser)
+    model = recipe.pop("model", {})
+    if given.model_name_or_path:
+        model = {}  # the trained one's
+        recipe.pop("whiten_first_convolution", None)  # it is for new ones
+    # What depends on the machine comes before the recipe, so that this or the command line can say otherwise.
+    # use_cpu without a GPU too, or Trainer refuses bf16.
+    known = {"use_cpu": not torch.accelerator.is_available(), "fp16": False} | recipe
+    known |= {name: value for name, value in vars(given).items() if value is not None}
+    parser.set_defaults(
+        use_cpu=known["use_cpu"],
+        bf16=machine_supports_bf16(known["use_cpu"]) and not known["fp16"],
+        dataloader_pin_memory=torch.cuda.is_available() and not known["use_cpu"],
+    )
+    parser.set_defaults(**recipe)
     try:
         recipe_args, training_args = parser.parse_args_into_dataclasses(argv)
         recipe_args.model = model | _parse_overrides(recipe_args.config_overrides)
     except (ValueError, TypeError, ImportError) as error:
-        parser.error(first_line(error))
+        parser.error(" ".join(str(error).split()))
+    _check(recipe_args, training_args, known.keys(), parser)
+    return recipe_args, training_args, parser
+
+
+def _check(
+    recipe_args: RecipeArguments, training_args: TrainingArguments, given: Set[str], parser: ArgumentParser
+) -> None:
+    """Arguments that do not go together end the process; `given` are those that recipe or command line name."""
     compares = training_args.load_best_model_at_end and training_args.eval_strategy != "no"
     if recipe_args.early_stopping_patience is not None and not compares:
         parser.error(
@@ -184,10 +193,10 @@ def parse_arguments(argv: list[str]) -> tuple[RecipeArguments, TrainingArguments
             f"expected one process for each of {training_args.n_gpu} GPUs (torchrun --nproc_per_node "
             f"{training_args.n_gpu} train.py ...) or CUDA_VISIBLE_DEVICES=0, got one process for all of them"
         )
-    if recipe_args.optimizer != "trainer" and {"optim", "optim_args"} & known.keys():
+    if recipe_args.optimizer != "trainer" and {"optim", "optim_args"} & given:
         parser.error(f"optim: expected --optimizer trainer with it, got {recipe_args.optimizer}")
     if recipe_args.optimizer == "muon" and training_args.fp16:
-        parser.error("optimizer: expected bf16 or float32 for muon, got fp16")  # its scaler knows nothing of the views
+        parser.error("optimizer: expected bf16 or float32 for muon, got fp16")  # its loss scaler is untried with it
     if recipe_args.recipe == "finetune" and recipe_args.model_name_or_path is None:
         parser.error("model_name_or_path: expected a model folder or a Hub id with the recipe finetune, got none")
     if recipe_args.freeze_body and recipe_args.model_name_or_path is None:
@@ -198,7 +207,6 @@ def parse_arguments(argv: list[str]) -> tuple[RecipeArguments, TrainingArguments
         parser.error("whiten_first_convolution: expected a model with random weights, got --model_name_or_path")
     if training_args.push_to_hub:
         parser.error("push_to_hub: training never publishes; publish a trained folder with `vit-cifar publish`")
-    return recipe_args, training_args, parser
 
 
 def recipe_names() -> list[str]:
@@ -210,7 +218,7 @@ def recipe_model(name: str) -> dict:
     return yaml.safe_load((RECIPES / f"{name}.yaml").read_text())["model"]
 
 
-def _read_recipe(name: str, parser: argparse.ArgumentParser) -> dict:
+def _read_recipe(name: str, parser: ArgumentParser) -> dict:
     path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
     if not path.is_file():
         parser.error(f"recipe: expected one of {', '.join(recipe_names())} or a YAML file, got {name!r}")

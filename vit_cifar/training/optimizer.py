@@ -44,11 +44,12 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for matrices (Jordan et al. 2024, as above), with a Nesterov momentum of 0.95 and decoupled weight decay.
+    """Muon (Jordan et al. 2024, as above), with a Nesterov momentum of 0.95 and decoupled weight decay.
 
-    `torch.optim.Muon` with its defaults, but for two things: that one orthogonalizes in bf16, where on a processor
-    without units for it a step takes some 25 times as long, and one matrix after the other, where a GPU waits for the
-    start of each of many small products.
+    `torch.optim.Muon` with its defaults, but for three things: that one orthogonalizes in bf16, where on a processor
+    without units for it a step takes some 25 times as long; one matrix after the other, where a GPU waits for the
+    start of each of many small products; and it takes no filters, which here count as matrices
+    (out, in * height * width).
     """
 
     momentum = 0.95
@@ -61,27 +62,23 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             of_shape = defaultdict(list)
             for p in (p for p in group["params"] if p.grad is not None):
-                state = self.state[p]
+                state, gradient = self.state[p], p.grad.flatten(1)
                 if not state:
-                    state["momentum_buffer"] = torch.zeros_like(p.grad)
+                    state["momentum_buffer"] = torch.zeros_like(gradient)
                 average = state["momentum_buffer"]
-                average.lerp_(p.grad, 1 - self.momentum)
-                of_shape[p.shape].append((p, p.grad.lerp(average, self.momentum)))
+                average.lerp_(gradient, 1 - self.momentum)
+                of_shape[gradient.shape].append((p, gradient.lerp(average, self.momentum)))
             for (rows, columns), pairs in of_shape.items():
                 updates = orthogonalize(torch.stack([update for _, update in pairs]))
                 for (p, _), update in zip(pairs, updates, strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+                    p.add_(update.reshape(p.shape), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) and AdamW behind one optimizer.
-
-    Muon takes matrices only: it is given each convolution's filters as a view (out, in * height * width)
-    of the same memory.
+    """Muon for what `muon_parameter_names` lists and AdamW for the rest, behind one optimizer.
 
     Args:
-        model: already on the device that it is trained on.
         lr, betas, eps: for AdamW; muon_lr: for Muon. A scheduler scales both.
         weight_decay: decoupled, for both; AdamW's share of it is what `decayed_parameter_names` lists.
     """
@@ -98,7 +95,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         # Not super().__init__(): the groups and the state are those of the two optimizers below.
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         by_muon, decayed = muon_parameter_names(model), decayed_parameter_names(model)
-        self.matrices = [(p, nn.Parameter(p.detach().view(len(p), -1))) for n, p in parameters.items() if n in by_muon]
+        matrices = [p for n, p in parameters.items() if n in by_muon]
         groups = [
             {
                 "params": [p for n, p in parameters.items() if n in decayed and n not in by_muon],
@@ -107,7 +104,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
             {"params": [p for n, p in parameters.items() if n not in decayed], "weight_decay": 0.0},
         ]
         self.optimizers = (
-            Muon([matrix for _, matrix in self.matrices], lr=muon_lr, weight_decay=weight_decay),
+            Muon(matrices, lr=muon_lr, weight_decay=weight_decay),
             torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=betas, eps=eps),
         )
         self.defaults = {"lr": lr}  # which transformers' schedules divide by
@@ -121,14 +118,10 @@ class MuonWithAdamW(torch.optim.Optimizer):
         return {p: state for optimizer in self.optimizers for p, state in optimizer.state.items()}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        for parameter, matrix in self.matrices:
-            parameter.grad = matrix.grad = None
-        self.optimizers[1].zero_grad(set_to_none)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none)
 
     def step(self, closure=None) -> None:
-        for parameter, matrix in self.matrices:
-            matrix.data = parameter.data.view(matrix.shape)  # again: wrapping for several processes moves parameters
-            matrix.grad = None if parameter.grad is None else parameter.grad.reshape(matrix.shape)
         for optimizer in self.optimizers:
             optimizer.step()
 

@@ -235,7 +235,7 @@ class ViTCifarTrainer(Trainer):
         return f"--resume_from_checkpoint goes on from {newest}" if newest else "no checkpoint was saved before"
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: object) -> bool:
-        if round(self.state.epoch) < self.recipe.first_eligible_epoch:
+        if self.state.epoch < self.recipe.first_eligible_epoch:
             return False
         return super()._determine_best_metric(metrics, trial)
 
@@ -264,12 +264,14 @@ def find_checkpoint(args: TrainingArguments) -> tuple[str | None, int | None]:
         TrainingError: there is no whole one to go on from, or output_dir holds another training.
     """
     output_dir, wanted = Path(args.output_dir), args.resume_from_checkpoint
+    goes_on_here = wanted == "last" or (wanted and Path(wanted).resolve().parent == output_dir.resolve())
+    taken = [*output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), *output_dir.glob(SAFE_WEIGHTS_NAME)]
+    if taken and not goes_on_here:
+        raise TrainingError(
+            f"output_dir: expected a folder that holds no other training, got {output_dir} with {taken[0].name}: "
+            "go on with --resume_from_checkpoint or choose another"
+        )
     if wanted is None:
-        if taken := [*output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), *output_dir.glob(SAFE_WEIGHTS_NAME)]:
-            raise TrainingError(
-                f"output_dir: expected a folder that holds no training, got {output_dir} with {taken[0].name}: "
-                "go on with --resume_from_checkpoint or choose another"
-            )
         return None, None
     if wanted == "last":
         wanted, damaged = newest_whole_checkpoint(output_dir)
