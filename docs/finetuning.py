@@ -1,4 +1,4 @@
-"""Fine-tuning beside training from scratch: animals against vehicles at 48 px, 1,000 images; makes finetuning.json.
+"""Fine-tuning beside training from scratch: animals against vehicles at 48 px, 900 images; makes finetuning.json.
 
 The two classes only coarsen those that the model was trained on, but none of the images was among its own.
 
@@ -29,7 +29,8 @@ TRAININGS = {
 
 
 def make_dataset(dataset_name: str, folder: Path) -> None:
-    """1,000 images to train with and 2,000 to test with, all from CIFAR-10's test split: the model saw none of them."""
+    """1,000 images to train with (100 of them choose the epoch) and 2,000 to test with, all from CIFAR-10's test split:
+    the model saw none of them."""
     rows = datasets.load_dataset(dataset_name, split="test").shuffle(seed=0)
     names = rows.features["label"].names
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["animal", "vehicle"])})

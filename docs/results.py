@@ -30,7 +30,7 @@ FAULTS = {  # what each row of faults.json says, in words
     "after that an answer within {normal_again_after_seconds:.2f} s; {in_a_row:,} in a row: "
     "{bytes_grown_a_request:.0f} bytes more for each; {cache_megabytes_uploaded:.0f} MB uploaded: "
     "{cache_megabytes_kept:.0f} kept",
-    "users": "{users} visitors at once, {requests} requests: each got what he gets when alone",
+    "users": "{users} visitors at once, {requests} requests: each got the same answers as when alone",
     "network": "{addresses} paths and addresses that are not the page's, {pages} requests for them and for "
     "gradio's other doors: {let_through} got through",
     "kill": "one training killed {kills} times, {left_a_half_checkpoint} times inside a save: it ended the "
@@ -53,7 +53,7 @@ def runs() -> dict[str, list[tuple[str, dict]]]:
     }
     for name, files in (
         ("speedrun", "seed_*.json"),
-        ("speedrun, 1.1 passes, a processor with bf16 units", "bf16_seed_*.json"),
+        ("speedrun as it was, 1.1 passes", "bf16_seed_*.json"),
     ):
         seeds = sorted((ROOT / "docs" / "speedrun").glob(files))
         rows[name] = [(str(path.relative_to(ROOT)), json.loads(path.read_text())) for path in seeds]
@@ -96,7 +96,7 @@ def speed() -> str:
     own, other = (_rates(found)["vit-cifar, train.py, bf16"]["images_per_second"] for found in (record, preloaded))
     others = ", ".join(f"{item['median']:.2f}×" for item in preloaded["ratios"][:4])
     renewed = record["git_commit"] == older["git_commit"]
-    earlier = "" if renewed else " That was before the input pipeline became faster."
+    earlier = "" if renewed else " This record is older than the input pipeline of today, which is faster."
     notes = [
         f"The commands: {_commands(record, older)}. The machines have {record['hardware']['cores']} CPU cores and are "
         f"named here by their measured rate of bf16 matrix products. Batch {record['batch_size']['training']} in "
@@ -108,8 +108,8 @@ def speed() -> str:
         f"At {_product_rate(record)} {_shares(record)}{earlier}",
         f"At {_product_rate(older)} {_shares(older)}",
         f"With `LD_PRELOAD` set to tcmalloc's library (Debian's `libtcmalloc-minimal4`) the first machine gave "
-        f"{other:.0f} images/s for our training step where glibc's allocator had given {own:.0f}: no gain. Others do: "
-        f"the ratios of the first four rows become {others}.",
+        f"{other:.0f} images/s for our training step where glibc's allocator had given {own:.0f}: no gain. The others "
+        f"gain: the ratios of the first four rows fall to {others}.",
     ]
     parts = [
         _ratios(record, older),

@@ -269,7 +269,7 @@ def demo(
         ),
     ] = None,
 ) -> None:
-    """Open the page that shows what a model answers and where it looks."""
+    """Serve the page that shows what a model answers and where it looks."""
     try:
         from .demo.page import serve
     except ModuleNotFoundError as error:

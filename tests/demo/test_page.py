@@ -268,9 +268,6 @@ def test_what_browsers_cannot_draw_is_shown_as_something_that_they_can(client, t
 def test_a_class_that_is_not_there(client):
     with pytest.raises(AppError, match="^class: expected one of .*cat.*, got 'cow'"):
         client.predict(handle_file(EXAMPLES / "cat.png"), "cow", LAYERS, "mean", api_name="/predict")
-    client.predict(handle_file(EXAMPLES / "cat.png"), "", LAYERS, "mean", api_name="/predict")
-    with pytest.raises(AppError, match="^class: expected one of .*cat.*, got 'cow'"):
-        client.predict("cow", LAYERS, "mean", api_name="/redraw")
 
 
 def bad_files() -> dict[str, bytes]:

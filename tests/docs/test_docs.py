@@ -1,13 +1,15 @@
 """What docs/ shows is what the records and the code give."""
 
 import json
+import re
 import runpy
 import statistics
+import sys
 
 import nbclient
 import nbformat
 import pytest
-from helpers import ROOT
+from helpers import ROOT, run
 
 from vit_cifar.evaluation.examination import read_examination
 from vit_cifar.evaluation.records import results_row, time_and_machine
@@ -32,6 +34,13 @@ def test_readmes_results_are_the_records():
         for path, record in found:
             assert f"]({path})" in readme and f" {record['parameters']:,} |" in readme
             assert len(found) > 1 or f"{record['test_accuracy']:.2%}" in readme
+
+
+def test_readmes_example_prints_what_it_says():
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)[1]
+    (said,) = re.findall(r"^print\(.*\)  # (.*)$", code, flags=re.MULTILINE)
+    finished = run(sys.executable, "-c", code + "print(where_it_looks.shape)")
+    assert finished.stdout.splitlines() == [said, "torch.Size([8, 8])"], finished.stderr
 
 
 def test_a_row_of_several_seeds_is_their_mean_and_deviation():

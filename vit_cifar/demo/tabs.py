@@ -9,7 +9,6 @@ import torch
 from gradio.components import Component
 from gradio.events import Dependency
 
-from ..errors import UserError
 from ..evaluation.examination import calibration_words
 from ..explain.perturbation import METHODS, Look
 from ..explain.pictures import Explanation
@@ -53,12 +52,6 @@ def methods(subject: Subject, state: gr.State, start: Look) -> Maps:
     layers = list(range(1, config.num_hidden_layers + 1))
     heads = ["mean", "max", *map(str, range(1, config.num_attention_heads + 1))]
 
-    def look(pixel_values: torch.Tensor, target: str) -> Look:
-        try:
-            return subject.look(pixel_values, target)
-        except UserError as error:  # a class that a program made up
-            raise gr.Error(str(error), print_exception=False) from error
-
     def draw(seen: Look, layer: int, head: str) -> list:
         """The quick methods' pictures and captions, in the order of `quick` below."""
         if layer not in layers or head not in heads:
@@ -72,13 +65,13 @@ def methods(subject: Subject, state: gr.State, start: Look) -> Maps:
         """The quick methods' pictures and captions of the picture that is shown, for another class, layer or head."""
         if pixel_values is None:
             return [None, ""] * (len(quick) // 2)
-        return draw(look(pixel_values, target), layer, head)
+        return draw(subject.look(pixel_values, target), layer, head)
 
     def occlude(pixel_values: torch.Tensor | None, target: str) -> list:
         """Occlusion's picture and caption."""
         if pixel_values is None:
             return [None, ""]
-        return figure(subject.explain(look(pixel_values, target), "occlusion"))
+        return figure(subject.explain(subject.look(pixel_values, target), "occlusion"))
 
     def figure(found: Explanation) -> list:
         return [views.overlay(found), views.caption(found)]

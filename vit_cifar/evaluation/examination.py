@@ -215,9 +215,9 @@ def calibration_words(record: dict) -> str:
     """For README and the model's card."""
     before, after = calibration_errors(record)
     return (
-        f"The confidence is off by {before:.1%} on average (expected calibration error, 15 bins), and by {after:.1%} "
-        f"with its logits divided by {record['temperature']:.3f}, which was fitted on the "
-        f"{record['images']['validation']:,} images held out of training."
+        f"Confidence and accuracy are {100 * before:.1f} percentage points apart on average (expected calibration "
+        f"error, 15 bins), and {100 * after:.1f} with the logits divided by {record['temperature']:.3f}, which was "
+        f"fitted on the {record['images']['validation']:,} images held out of training."
     )
 
 
