@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
             )
         print(f"{number_format}, {attention} attention")
     result = trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.accelerator.end_training()  # or a process that ends before the first one may abort, and torchrun kills that
+    trainer.accelerator.end_training()  # or one that ends while the first evaluates may abort, and that be killed
     if not trainer.is_world_process_zero():
         return
     model.save_pretrained(args.output_dir)

@@ -113,6 +113,7 @@ def test_resume_from_the_middle_of_an_epoch_by_name(smoke_folder, tmp_path):
     first = train("--recipe", "smoke", "--output_dir", folder, "--save_total_limit", "100")
     assert first.returncode == 0, first.stderr
     checkpoint = f"{folder}/checkpoint-45/"  # as a shell completes it
+    (tmp_path / "again" / "checkpoint-50").mkdir(parents=True)  # it was killed inside its first save before
     again = train("--recipe", "smoke", "--output_dir", tmp_path / "again", "--resume_from_checkpoint", checkpoint)
     assert again.returncode == 0, again.stderr
     assert weights_sha256(tmp_path / "again") == weights_sha256(folder) == weights_sha256(smoke_folder)

@@ -1,3 +1,4 @@
+import copy
 import re
 import shutil
 from dataclasses import replace
@@ -150,6 +151,14 @@ def test_mistakes_are_the_rows_of_that_pair_the_surest_first(subject):
             assert seen.logits.argmax().item() == pair[1]
             drawn = colour_overlay(METHODS["gradient rollout"](seen).values, subject.seen(seen.pixel_values))[0]
             assert (as_pixels(picture)[:, ::4, 128::4] - drawn).abs().max() < 1 / 100
+
+
+def test_mistakes_of_a_model_whose_classes_were_renamed_since(subject):
+    model = copy.deepcopy(subject.model)
+    model.config.id2label = {index: name.upper() for index, name in enumerate(subject.classes)}
+    pictures, _ = views.mistakes(replace(subject, model=model), "dog", "cat")
+    for (picture, _), (expected, _) in zip(pictures, views.mistakes(subject, "dog", "cat")[0], strict=True):
+        assert np.array_equal(np.asarray(picture), np.asarray(expected))
 
 
 def test_a_pair_without_mistakes(subject):

@@ -157,6 +157,7 @@ def test_rank_correlation_by_hand():
     a = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])
     b = torch.tensor([[[10.0, 30.0], [20.0, 400.0]]])
     assert rank_correlation(torch.cat([a, a, a]), torch.cat([a**3, -a, b])).tolist() == pytest.approx([1, -1, 0.8])
+    assert rank_correlation(torch.zeros_like(a), a).tolist() == [0]
 
 
 def test_a_map_without_anything_has_no_entropy():

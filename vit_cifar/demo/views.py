@@ -298,7 +298,8 @@ def mistakes(subject: Subject, label: str, answer: str) -> tuple[list[tuple[Imag
         f"{count} test images {what}{kept}: as the model sees each, and what the answer came from (gradient rollout)."
     )
     shown = rows.select([row for _, row in found])
-    seen = subject.look(subject.pixels([image.convert("RGB") for image in shown["image"]]), answer)
+    pixel_values = subject.pixels([image.convert("RGB") for image in shown["image"]])
+    seen = subject.look(pixel_values, subject.classes[pair[1]])  # what the examination calls it may be an older name
     images = subject.seen(seen.pixel_values)
     maps = colour_overlay(METHODS["gradient rollout"](seen).values.cpu(), images)
     description = {"model": subject.name, "method": "gradient rollout", "class": answer, "label": label}

@@ -133,7 +133,8 @@ def parse_arguments(argv: list[str]) -> tuple[RecipeArguments, TrainingArguments
         allow_abbrev=False,  # or a record would not recognise a local folder on the command line
         usage="python train.py (--recipe NAME | --model_name_or_path MODEL) --output_dir FOLDER [any argument below]",
         description="Train a ViT-CIFAR model folder that from_pretrained loads, with its record. The defaults "
-        f"below hold where the recipe says nothing. vit_cifar/training/recipes: {', '.join(recipe_names())}.",
+        "below hold on this machine where the recipe says nothing. Shipped recipes, in vit_cifar/training/recipes: "
+        f"{', '.join(recipe_names())}.",
     )
     for action in parser._actions:
         if action.dest == "resume_from_checkpoint":
@@ -143,6 +144,7 @@ def parse_arguments(argv: list[str]) -> tuple[RecipeArguments, TrainingArguments
     parser.set_defaults(logging_strategy="epoch")  # what a record's rows are made of
     parser.set_defaults(ddp_find_unused_parameters=False)  # there are none; looking for them costs time, and a warning
 
+    parser.set_defaults(**_of_this_machine(use_cpu=not torch.accelerator.is_available(), fp16=False))
     if {"-h", "--help"} & set(argv):
         parser.parse_args(["--help"])  # and ends: no recipe is needed for it
     first = ArgumentParser(add_help=False, allow_abbrev=False, prog=parser.prog, usage=parser.usage)
@@ -159,15 +161,10 @@ def parse_arguments(argv: list[str]) -> tuple[RecipeArguments, TrainingArguments
     if given.model_name_or_path:
         model = {}  # the trained one's
         recipe.pop("whiten_first_convolution", None)  # it is for new ones
-    # What depends on the machine comes before the recipe, so that this or the command line can say otherwise.
-    # use_cpu without a GPU too, or Trainer refuses bf16.
-    known = {"use_cpu": not torch.accelerator.is_available(), "fp16": False} | recipe
+    known = {name: parser.get_default(name) for name in ("use_cpu", "fp16")} | recipe
     known |= {name: value for name, value in vars(given).items() if value is not None}
-    parser.set_defaults(
-        use_cpu=known["use_cpu"],
-        bf16=machine_supports_bf16(known["use_cpu"]) and not known["fp16"],
-        dataloader_pin_memory=torch.cuda.is_available() and not known["use_cpu"],
-    )
+    # Before the recipe, so that this or the command line can say otherwise.
+    parser.set_defaults(**_of_this_machine(known["use_cpu"], known["fp16"]))
     parser.set_defaults(**recipe)
     try:
         recipe_args, training_args = parser.parse_args_into_dataclasses(argv)
@@ -176,6 +173,15 @@ def parse_arguments(argv: list[str]) -> tuple[RecipeArguments, TrainingArguments
         parser.error(" ".join(str(error).split()))
     _check(recipe_args, training_args, known.keys(), parser)
     return recipe_args, training_args, parser
+
+
+def _of_this_machine(use_cpu: bool, fp16: bool) -> dict[str, bool]:
+    """The defaults that depend on it. use_cpu without a GPU too, or Trainer refuses bf16."""
+    return {
+        "use_cpu": use_cpu,
+        "bf16": machine_supports_bf16(use_cpu) and not fp16,
+        "dataloader_pin_memory": torch.cuda.is_available() and not use_cpu,
+    }
 
 
 def _check(

@@ -50,7 +50,7 @@ class Augmentation:
         level, sign."""
         if self._draws is None or self._draws[0] != epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            # In two parts: the first ten are what they were before there was TrivialAugment, and so are trainings.
+            # In two parts: the first ten are those of before TrivialAugment, so that older trainings can be repeated.
             draws = torch.cat([torch.rand(self.num_samples, n, generator=generator) for n in (10, 4)], dim=1)
             if self.flip == "alternating":
                 draws[:, 2] = torch.rand(self.num_samples, generator=generator.manual_seed(self.seed))
