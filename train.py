@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
             )
         print(f"{number_format}, {attention} attention")
     result = trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.accelerator.end_training()  # or one that ends while the first evaluates may abort, and that be killed
+    trainer.accelerator.end_training()  # otherwise one that ends early may abort, and torchrun ends them all
     if not trainer.is_world_process_zero():
         return
     model.save_pretrained(args.output_dir)
