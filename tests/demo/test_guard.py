@@ -7,6 +7,7 @@ import gradio as gr
 import pytest
 import safehttpx
 from gradio import processing_utils
+from PIL import Image
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -14,7 +15,17 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from vit_cifar.demo.guard import JSON_BYTES, UPLOAD_BYTES, Guard, allowed, no_downloads, own_cache, trim
+from vit_cifar.demo.guard import (
+    GRADIO_SAVES,
+    JSON_BYTES,
+    UPLOAD_BYTES,
+    Guard,
+    allowed,
+    no_downloads,
+    own_cache,
+    trim,
+    whole_pictures,
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +50,23 @@ def test_a_body_over_the_limit_is_refused(client, path, limit, chunked):
             assert (answer.status_code, answer.text) == (200, str(size))
         else:
             assert answer.status_code == 413 and f"expected at most {limit:,} bytes" in answer.text
+
+
+def test_who_reads_a_picture_while_it_is_saved_again_gets_all_of_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(processing_utils, "save_pil_to_cache", GRADIO_SAVES)
+    picture = gr.Image(format="png")
+    picture.GRADIO_CACHE = str(tmp_path)
+
+    def files_left_after_saving_again() -> int:
+        path = picture.postprocess(Image.new("RGB", (8, 8), "red")).path
+        with open(path, "rb") as reader:
+            assert picture.postprocess(Image.new("RGB", (8, 8), "red")).path == path
+            return os.fstat(reader.fileno()).st_nlink
+
+    assert files_left_after_saving_again() == 1  # gradio as it is: what is read is written over
+    whole_pictures()
+    assert files_left_after_saving_again() == 0  # another file took its place
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["image.png"]
 
 
 def test_an_address_in_place_of_an_upload_is_not_fetched(monkeypatch):

@@ -10,6 +10,7 @@ from threading import Thread
 
 import gradio as gr
 from gradio import processing_utils
+from PIL import Image
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -23,6 +24,7 @@ ASKED = {
     *("app_id", "call", "cancel", "heartbeat", "info", "queue", "run", "startup-events", "theme.css"),
     *("upload", "upload_progress"),
 }
+GRADIO_SAVES = processing_utils.save_pil_to_cache
 
 
 class Guard:
@@ -81,6 +83,20 @@ def no_downloads() -> None:
         raise gr.Error(f"the upload: expected a file, got the address {url[:100]}", print_exception=False)
 
     processing_utils.async_ssrf_protected_download = refuse  # gradio has no setting for it
+
+
+def whole_pictures() -> None:
+    """From now on gradio puts a picture into its cache as a whole. It writes the same picture into the same file again,
+    for whoever asks for it, and a browser that reads it at that moment would get a part of it and show none."""
+
+    def save(image: Image.Image, cache_dir: str, name: str = "image", format: str = "webp") -> str:
+        with TemporaryDirectory(dir=cache_dir) as folder:
+            written = Path(GRADIO_SAVES(image, folder, name, format))
+            target = Path(cache_dir).resolve() / written.parent.name / written.name
+            target.parent.mkdir(exist_ok=True)
+            return str(written.replace(target))
+
+    processing_utils.save_pil_to_cache = save
 
 
 @contextmanager

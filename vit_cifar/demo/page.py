@@ -11,7 +11,7 @@ from starlette.middleware import Middleware
 from ..errors import UserError
 from ..images import open_image
 from . import tabs
-from .guard import UPLOAD_BYTES, Guard, keep_small, no_downloads, own_cache
+from .guard import UPLOAD_BYTES, Guard, keep_small, no_downloads, own_cache, whole_pictures
 from .views import Subject, caution, load_subjects, open_upload, probabilities, seen_picture
 
 ASSETS = Path(__file__).parent / "assets"
@@ -65,6 +65,7 @@ def serve(model: str | None) -> None:
 
 def build_page(subjects: Sequence[Subject]) -> gr.Blocks:
     """The page, ready for `.launch(**LAUNCH_OPTIONS)`: the first model at its root, each other one a link away."""
+    whole_pictures()
     first, *others = subjects
     title = "Where they look" if others else _title(first)  # a page of several models has one for all
     with gr.Blocks(title=title, analytics_enabled=False) as page:
