@@ -157,6 +157,7 @@ def test_mistakes_of_a_model_whose_classes_were_renamed_since(subject):
     model = copy.deepcopy(subject.model)
     model.config.id2label = {index: name.upper() for index, name in enumerate(subject.classes)}
     pictures, _ = views.mistakes(replace(subject, model=model), "dog", "cat")
+    assert pictures
     for (picture, _), (expected, _) in zip(pictures, views.mistakes(subject, "dog", "cat")[0], strict=True):
         assert np.array_equal(np.asarray(picture), np.asarray(expected))
 

@@ -82,6 +82,7 @@ def test_a_full_disk_is_one_line(tmp_path):
     export = [sys.executable, "-m", "vit_cifar", "export", "model", "--format", "vit", "--output", "exported"]
     finished = run("sh", "-c", 'ulimit -f 64; exec "$@"', "sh", *export, cwd=tmp_path, PYTHONPATH=str(ROOT))
     assert finished.returncode == 2 and finished.stderr.splitlines()[-1].startswith("vit-cifar: ")
+    assert "File too large" in finished.stderr.splitlines()[-1]
     assert "Traceback" not in finished.stderr and not (tmp_path / "exported").exists()
 
 

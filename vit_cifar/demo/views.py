@@ -56,7 +56,7 @@ class Subject:
 
     def seen(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Normalised (B, 3, H, W) -> 0..1."""
-        return denormalize(pixel_values.float().cpu(), self.processor.image_mean, self.processor.image_std)
+        return denormalize(pixel_values, self.processor.image_mean, self.processor.image_std)
 
     def look(self, pixel_values: torch.Tensor, class_name: str = "") -> Look:
         """See `look_at`; "" is the page's word for the model's answer."""

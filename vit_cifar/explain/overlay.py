@@ -9,9 +9,9 @@ from torch.nn.functional import interpolate
 
 
 def denormalize(pixel_values: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """What an image processor made, (B, 3, H, W), back to 0..1: the images that the model sees."""
+    """What an image processor made, (B, 3, H, W), back to 0..1: what the model sees, in float32 on the CPU."""
     mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
-    return (pixel_values * std + mean).clamp(0, 1)
+    return (pixel_values.float().cpu() * std + mean).clamp(0, 1)
 
 
 def resize(attention_map: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

@@ -194,7 +194,7 @@ def explain(
         description |= {"layer": str(layer), "head": head}
     elif method in OF_A_CLASS:
         description["class"] = names[seen.classes.item()]
-    image = denormalize(seen.pixel_values.float().cpu(), processor.image_mean, processor.image_std)[0]
+    image = denormalize(seen.pixel_values, processor.image_mean, processor.image_std)[0]
     confidence, answer = probabilities.max(dim=0)
     return Explanation(names[answer.item()], confidence.item(), image, METHODS[method](seen, **options), description)
 
@@ -207,7 +207,7 @@ def draw_overlays(
     with torch.inference_mode():
         outputs = model(pixel_values, output_attentions=True)
     maps = cls_map(outputs.attentions).values.float().cpu()
-    seen = denormalize(pixel_values.float().cpu(), processor.image_mean, processor.image_std)
+    seen = denormalize(pixel_values, processor.image_mean, processor.image_std)
     scores, labels = outputs.logits.softmax(-1).max(-1)
     columns = {
         "what the model sees": seen,

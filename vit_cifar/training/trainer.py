@@ -266,8 +266,8 @@ def find_checkpoint(args: TrainingArguments) -> tuple[str | None, int | None]:
     output_dir, wanted = Path(args.output_dir), args.resume_from_checkpoint
     goes_on_here = wanted == "last" or (wanted and Path(wanted).resolve().parent == output_dir.resolve())
     # One that goes on from elsewhere and was killed inside its first save may start again.
-    begun = f"{PREFIX_CHECKPOINT_DIR}-*" if wanted is None else f"{PREFIX_CHECKPOINT_DIR}-*/{SUMS_NAME}"
-    taken = [*output_dir.glob(begun), *output_dir.glob(SAFE_WEIGHTS_NAME)]
+    counts = f"{PREFIX_CHECKPOINT_DIR}-*" if wanted is None else f"{PREFIX_CHECKPOINT_DIR}-*/{SUMS_NAME}"
+    taken = [*output_dir.glob(counts), *output_dir.glob(SAFE_WEIGHTS_NAME)]
     if taken and not goes_on_here:
         raise TrainingError(
             f"output_dir: expected a folder that holds no other training, got {output_dir} with "
