@@ -12,7 +12,7 @@ from pathlib import Path
 import datasets
 from PIL import Image
 
-from vit_cifar.evaluation.records import read_record, write_json
+from vit_cifar.evaluation.records import passes, read_record, write_json
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "docs" / "finetuning.json"
@@ -47,8 +47,8 @@ def table(records: dict[str, dict]) -> str:
     """README's table as Markdown."""
     rows = ["| | passes | test accuracy | seconds |", "|---|---|---|---|"]
     for name, record in records.items():
-        passes, seconds = record["arguments"]["num_train_epochs"], record["wall_time_seconds"]
-        rows.append(f"| {name} | {passes:g} | {record['test_accuracy']:.2%} | {seconds:.0f} |")
+        seconds = record["wall_time_seconds"]
+        rows.append(f"| {name} | {passes(record):g} | {record['test_accuracy']:.2%} | {seconds:.0f} |")
     return "\n".join(rows)
 
 

@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import TrainerCallback
 
 from vit_cifar import ViTCifarForImageClassification, ViTCifarModel
-from vit_cifar.evaluation.records import RECORD_NAME, fill_tables, read_record, write_json
+from vit_cifar.evaluation.records import RECORD_NAME, fill_tables, passes, read_record, write_json
 from vit_cifar.modeling_vit_cifar import ViTCifarAttention, ViTCifarConvStem
 from vit_cifar.models import BUNDLED_MODELS, DEFAULT_MODEL
 from vit_cifar.training.augmentation import Augmentation
@@ -213,7 +213,7 @@ def trainings(recipe: str, shipped: Path, tried: dict[str, str]) -> str:
         run = json.loads(path.read_text())
         link = os.path.relpath(path, PAGE.parent)
         rows.append(
-            f"| {name} ([record]({link})) | {run['arguments']['num_train_epochs']:g} "
+            f"| {name} ([record]({link})) | {passes(run):g} "
             f"| {run['validation_accuracy']:.2%} | {run['test_accuracy']:.2%} "
             f"| {run['wall_time_seconds'] / 60:.1f} in {run['number_format']} |"
         )

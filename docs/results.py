@@ -32,7 +32,7 @@ FAULTS = {  # what each row of faults.json says, in words
     "{cache_megabytes_kept:.0f} kept",
     "users": "{users} visitors at once, {requests} requests: each got the same answers as when alone",
     "network": "{addresses} paths and addresses that are not the page's, {pages} requests for them and for "
-    "gradio's other doors: {let_through} got through",
+    "gradio's other doors: none got through",
     "kill": "one training killed {kills} times, {left_a_half_checkpoint} times inside a save: it ended the "
     "same to the last bit",
     "full_disk": "no room at {places_of_a_save} places of a checkpoint's save: one line, and the same end once there "
@@ -49,7 +49,7 @@ def runs() -> dict[str, list[tuple[str, dict]]]:
     """{what a row is called: [(where a record is, the record), … one for each seed]}"""
     rows = {
         folder.name: [(f"hub_card/models/{folder.name}/{RECORD_NAME}", read_record(folder))]
-        for folder in sorted((ROOT / "hub_card" / "models").iterdir())
+        for folder in sorted(BUNDLED_MODELS.iterdir())
     }
     for name, files in (
         ("speedrun", "seed_*.json"),

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import sys
 
@@ -72,7 +73,10 @@ def test_explain_draws_one_image_or_a_folder_of_them(images, tiny_model_folder, 
     for path in (tmp_path / "maps").iterdir():
         with Image.open(path) as picture:
             assert picture.text["class"] == "cat"
-    assert vit_cifar("explain", *images, *words).returncode == 2  # nothing is overwritten
+    before = {path: path.read_bytes() for path in (tmp_path / "maps").iterdir()}
+    refused = vit_cifar("explain", *images, *words)
+    assert refused.returncode == 2 and "output: expected a new or an empty folder" in refused.stderr.splitlines()[-1]
+    assert {path: path.read_bytes() for path in (tmp_path / "maps").iterdir()} == before
 
 
 def test_examine_leaves_its_record_beside_the_weights(smoke_folder, tmp_path):
@@ -136,6 +140,7 @@ def test_users_errors_are_one_line_and_exit_code_2(images, tiny_model_folder, tm
             "output: expected a new file in a folder that exists",
         ),
         (["explain", *images, "-o", tmp_path], "output: expected a new or an empty folder"),
+        (["explain", *images, text, "-o", tmp_path / "maps", "--model", tiny_model_folder], "expected an image"),
         (["examine", tiny_model_folder, "--dataset_name", "sample"], "expected a training_record.json, got none"),
         (["examine", tmp_path / "nowhere"], "model: expected a model folder"),
         (["evaluate", tiny_model_folder, "--dataset_name", "sample", "--split", "dev"], "split: expected one of"),
@@ -145,3 +150,19 @@ def test_users_errors_are_one_line_and_exit_code_2(images, tiny_model_folder, tm
         assert answer.stdout == ""
         (line,) = answer.stderr.strip().splitlines()
         assert line.startswith("vit-cifar: ") and message in line
+    assert not (tmp_path / "maps").exists()
+
+
+def test_explain_checks_what_is_asked_for_before_it_reads_the_pictures(images, tiny_model_folder, tmp_path):
+    images[0].write_text("no image")
+    for words, message in ((["-o", tmp_path], "output: expected"), (["-o", tmp_path / "x", "--layer", "9"], "layer: ")):
+        refused = vit_cifar("explain", *images, "--model", tiny_model_folder, *words)
+        assert refused.returncode == 2 and message in refused.stderr
+
+
+def test_a_file_name_need_not_be_text(images, tiny_model_folder, tmp_path):
+    odd = images[0].rename(tmp_path / os.fsdecode(b"caf\xe9.png"))
+    words = ("predict", odd, "--model", tiny_model_folder)
+    answer = run(sys.executable, "-m", "vit_cifar", *words, PYTHONIOENCODING="utf-8:strict")
+    assert answer.returncode == 0, answer.stderr
+    assert "caf\\udce9.png: " in answer.stdout

@@ -35,6 +35,11 @@ def test_any_damage_to_any_file_that_programs_read_is_found_and_named(smoke_fold
             check_checksums(folder)
         path.write_bytes(content)
     check_checksums(folder)
+    listed = (folder / SUMS_NAME).read_bytes()
+    for damaged in (listed[:-1], listed.replace(b"\n", b"\x0b", 1), listed + b"\n", b""):
+        (folder / SUMS_NAME).write_bytes(damaged)
+        with pytest.raises(DamageError, match=SUMS_NAME):
+            check_checksums(folder)
 
 
 def test_a_damaged_model_is_refused_and_the_newest_whole_checkpoint_offered(smoke_folder, tmp_path):

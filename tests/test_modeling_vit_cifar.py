@@ -28,7 +28,6 @@ from vit_cifar import CIFAR10_CLASSES, ViTCifarConfig, ViTCifarForImageClassific
 from vit_cifar.modeling_vit_cifar import (
     ViTCifarConvStem,
     ViTCifarDropPath,
-    ViTCifarEmbeddings,
     ViTCifarPatchEmbeddings,
     sinusoidal_positions,
 )
@@ -799,7 +798,6 @@ def test_a_copy_is_independent_and_gives_maps():
             parameter.zero_()
     assert len(twin(images(), output_attentions=True).attentions) == 2
     assert twin(images()).logits.abs().max() > 0
-    assert isinstance(twin.vit.embeddings, ViTCifarEmbeddings)
 
 
 def test_a_token_of_the_convolutional_stem_sees_32_pixels():

@@ -48,10 +48,11 @@ def predict(
     from .images import open_image
     from .models import load_model
 
-    opened = [open_image(path) for path in images]  # all of them before any work: an error leaves nothing half done
+    for path in images:  # all of them before any work, and none is kept: there may be thousands
+        open_image(path)
     network, processor = load_model(model)
     classify = pipeline("image-classification", model=network, image_processor=processor)
-    answers = classify(opened, top_k=min(top, network.config.num_labels))
+    answers = classify((open_image(path) for path in images), top_k=min(top, network.config.num_labels))
     if as_json:
         rows = [{"image": str(path), "predictions": answer} for path, answer in zip(images, answers, strict=True)]
         print(json.dumps(rows, indent=2))
@@ -119,18 +120,18 @@ def explain(
     from .models import load_model
 
     files = files_in(images)
-    for path in files:  # all of them before any work, and none is kept: there may be thousands
-        open_image(path)
     network, processor = load_model(model)
     options = map_options(network.config, method, layer, head, class_name)
-    if len(images) == 1 and images[0].is_file():
+    if len(images) == 1 and not images[0].is_dir():
         _check_new_file(output)
         found = explain_image(network, processor, open_image(files[0]), name_of(model), **options)
         found.save(output)
         print(f"{files[0]}: {found}")
         return
     with new_folder(output) as folder:
-        for path in tqdm(files, unit=" images"):
+        for path in tqdm(files, "reading", unit=" images", disable=None):  # all of them: a bad one would cost the maps
+            open_image(path)
+        for path in tqdm(files, "explaining", unit=" images", disable=None):
             found = explain_image(network, processor, open_image(path), name_of(model), **options)
             found.save(folder / f"{path.stem}.png")
             tqdm.write(f"{path}: {found}")
@@ -275,8 +276,7 @@ def demo(
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise
-        print('vit-cifar: the page needs gradio: pip install "vit-cifar[demo]"', file=sys.stderr)
-        raise typer.Exit(2) from error
+        raise UserError('the page needs gradio: pip install "vit-cifar[demo]"') from error
     serve(model or None)
 
 
@@ -298,6 +298,7 @@ def main() -> None:
     logging.set_verbosity_error()
     disable_progress_bars()
     set_verbosity_error()
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
     warnings.filterwarnings("ignore", module="PIL|torch")  # of damaged files: the error says what the user needs
     try:
         app()

@@ -45,9 +45,9 @@ def check_checksums(folder: str | Path) -> None:
         return not (folder / name).is_file() or sha256(folder / name) != digest
 
     try:
-        *lines, last_line = (folder / SUMS_NAME).read_text().splitlines()
+        *lines, last_line, rest = (folder / SUMS_NAME).read_text().split("\n")
         expected = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
-        whole = last_line == LAST_LINE
+        whole = last_line == LAST_LINE and not rest
         damaged = [name for name, digest in expected.items() if differs(name, digest)]
     except FileNotFoundError as error:
         raise DamageError(f"{folder}: expected a {SUMS_NAME}, which is written last, got none") from error

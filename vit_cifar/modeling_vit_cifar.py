@@ -330,7 +330,8 @@ class ViTCifarForImageClassification(ViTCifarPreTrainedModel):
         """
         Args:
             pixel_values, output_attentions, output_hidden_states: as for `ViTCifarModel`.
-            labels: (B,) class indices; with them the output carries `loss`, the mean cross-entropy in nats.
+            labels: (B,) class indices; with them the output carries `loss`, the mean cross-entropy in nats
+                (of a model with one output, the mean squared error, as in transformers).
 
         Returns: `logits` (B, num_labels), and what was asked for of `loss`, `attentions`, `hidden_states`.
         """

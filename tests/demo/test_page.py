@@ -309,6 +309,7 @@ def test_only_uploaded_files_are_opened(page, tmp_path):
         {"path": None, "url": data_url},
         {"url": data_url},
         {"path": str(tmp_path)},
+        {"path": "no\0file"},
         None,
     ]:
         with pytest.raises(ImageError, match="expected a file, got none"):

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from vit_cifar.evaluation import records
 from vit_cifar.evaluation.examination import (
     EXAMINATION_NAME,
     MISTAKES_NAME,
@@ -114,4 +115,18 @@ def test_it_lies_beside_the_weights_and_is_refused_beside_others(found, tmp_path
     with pytest.raises(ValueError, match="expected the examination of these weights"):
         read_examination(folder)
     write_examination(folder, replace(found))
+    assert read_examination(folder) is not None
+
+
+def test_an_examination_that_is_cut_off_leaves_a_folder_that_loads(found, tmp_path, monkeypatch):
+    shutil.copytree(BUNDLED_MODELS / DEFAULT_MODEL, folder := tmp_path / "model")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(records, "write_json", full)
+        write_examination(folder, found)
+    load_model(str(folder))
+    write_examination(folder, found)  # again, as the command would
     assert read_examination(folder) is not None

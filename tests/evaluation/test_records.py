@@ -81,6 +81,8 @@ def test_a_table_without_its_place_in_the_page_is_an_error():
     assert fill_tables(page, "x.py", {"a": "new"}) == page.replace("old", "new")
     with pytest.raises(ValueError, match="expected <!-- b: made by x.py --> and <!-- end of b --> once"):
         fill_tables(page, "x.py", {"b": "new"})
+    with pytest.raises(ValueError, match="got them 2 times"):
+        fill_tables(f"{page}\nwhat lies between stays\n{page}", "x.py", {"a": "new"})
 
 
 def test_no_commit_outside_a_checkout(tmp_path):

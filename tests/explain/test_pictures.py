@@ -106,7 +106,7 @@ def test_the_colourbar_has_the_maps_own_numbers():
 
 
 def test_folders_give_their_images_by_name(tmp_path):
-    for name in ("b.png", "a.JPG", "notes.txt", "paper.pdf"):
+    for name in ("b.png", "a.JPG", "notes.txt", "paper.pdf", "._a.JPG"):  # the last is what a Mac leaves on other disks
         (tmp_path / name).write_bytes(b"")
     assert [path.name for path in files_in([tmp_path])] == ["a.JPG", "b.png"]
     with pytest.raises(ValueError, match="expected a different name for each, got 'b' 2 times"):

@@ -192,6 +192,7 @@ class NotATensor:
     [
         (damaged(lambda s: s.pop("mlp_head.1.bias")), "missing: mlp_head.1.bias"),
         (damaged(lambda s: s.update(extra=torch.zeros(1))), "unexpected: extra"),
+        (damaged(lambda s: s.update({7: torch.zeros(1)})), "unexpected: 7"),
         (
             damaged(lambda s: s.update({"mlp_head.1.weight": torch.zeros(100, 192)})),
             "misshapen: mlp_head.1.weight (100, 192) instead of (10, 192)",
@@ -206,7 +207,7 @@ class NotATensor:
         ({"epoch": 3, "state_dict": {}}, "with tensors alone, got int at 'epoch'"),
         ([torch.zeros(1)], "a state dict, got list"),
     ],
-    ids=["missing", "unexpected", "misshapen", "shallow", "empty", "wrapped", "list"],
+    ids=["missing", "unexpected", "numbered", "misshapen", "shallow", "empty", "wrapped", "list"],
 )
 def test_a_checkpoint_that_is_another_models(content, message, tmp_path):
     torch.save(content, tmp_path / "checkpoint.pth")

@@ -46,9 +46,9 @@ def change_weights(folder: Path, change) -> None:
         (folder / name).unlink()
 
 
-def test_what_is_built_is_checked_and_kept(tmp_path):
-    said = []
-    assert publish(NANO, REPO_ID, output=tmp_path / "built", say=said.append) is None
+def test_what_is_built_is_checked_and_kept(tmp_path, capsys):
+    assert publish(NANO, REPO_ID, output=tmp_path / "built") is None
+    said = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0].split(",")[0] for line in said[:2]] == ["card", "loaded without this package"]
     assert said[2].startswith("not evaluated again") and "nothing was uploaded" in said[-1]
     names = {path.name for path in (tmp_path / "built").iterdir()}
@@ -93,7 +93,7 @@ def test_what_is_refused(model_dir, tmp_path, how, message):
     spoil(model_dir, how)
     before = {path: path.read_bytes() for path in model_dir.iterdir()}
     with pytest.raises(UserError) as error:
-        publish(model_dir, REPO_ID, output=tmp_path / "built", say=lambda line: None)
+        publish(model_dir, REPO_ID, output=tmp_path / "built")
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "built").exists()
     assert {path: path.read_bytes() for path in model_dir.iterdir()} == before
@@ -162,7 +162,7 @@ def test_a_record_that_the_dataset_contradicts_is_refused(smoke_folder, tmp_path
 def test_a_record_that_cannot_be_is_refused(model_dir, tmp_path, name, value):
     (model_dir / RECORD_NAME).write_text(json.dumps(read_record(model_dir) | {name: value}))
     with pytest.raises(UserError) as error:
-        publish(model_dir, REPO_ID, output=tmp_path / "built", say=lambda line: None)
+        publish(model_dir, REPO_ID, output=tmp_path / "built")
     assert "record" in str(error.value) and "\n" not in str(error.value)
 
 

@@ -1,4 +1,5 @@
 import re
+import sys
 
 import pytest
 import torch
@@ -156,10 +157,25 @@ def test_tutorial_recipes_are_the_tutorials(tmp_path):
             "optimizer: expected bf16 or float32 for muon",
         ),
         (["--recipe", "nano", "--output_dir", "x", "--nonsense", "1"], ".*--nonsense"),
+        (
+            ["--recipe", "nano", "--output_dir", "x", "--metric_for_best_model", "acc"],
+            "metric_for_best_model: expected loss or accuracy, got acc",
+        ),
+        (["--recipe", "nano", "--output_dir", "x", "--num_train_epochs", "0"], "num_train_epochs: expected more than"),
+        (
+            ["--recipe", "nano", "--output_dir", "x", "--early_stopping_patience", "0"],
+            "early_stopping_patience: expected a whole number of at least 1, got 0",
+        ),
     ],
 )
 def test_wrong_commands_end_with_one_line(capsys, argv, message):
     assert re.match(message, refusal(capsys, *argv))
+
+
+def test_a_file_beside_the_program_adds_no_arguments(monkeypatch, tmp_path):
+    (tmp_path / "train.args").write_text("--seed 7")
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "train.py")])
+    assert parse_arguments(["--recipe", "smoke", "--output_dir", "x"])[1].seed == 0
 
 
 @pytest.mark.parametrize(

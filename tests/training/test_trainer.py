@@ -105,12 +105,36 @@ def test_nan_or_infinity_stops_before_the_step_and_leaves_what_was_saved(make, t
     assert all(torch.equal(saved[name], p) for name, p in trainer.model.named_parameters())  # no step was made of it
 
 
-def test_a_save_at_the_end_of_an_epoch_holds_its_evaluation(make, tmp_path):
-    trainer = make("--save_steps", "2", "--num_train_epochs", "1", "--per_device_train_batch_size", "10")
+@pytest.mark.parametrize("steps", [4, 6])
+def test_a_save_at_the_end_of_an_epoch_or_of_the_training_holds_its_evaluation(make, tmp_path, steps):
+    trainer = make("--save_steps", "2", "--max_steps", str(steps), "--per_device_train_batch_size", "10")
     trainer.train()
-    state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+    state = json.loads((tmp_path / f"checkpoint-{steps}" / "trainer_state.json").read_text())
     assert "eval_loss" in state["log_history"][-1]
     assert (tmp_path / "checkpoint-2").exists()
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        ("--max_steps", "6", "--save_steps", "2"),
+        ("--early_stopping_patience", "1", "--learning_rate", "0", "--muon_learning_rate", "0"),
+    ],
+)
+def test_a_training_that_had_ended_stays_as_it_is_when_it_is_resumed(make, tmp_path, how):
+    words = ("--per_device_train_batch_size", "10", "--eval_strategy", "epoch", "--metric_for_best_model", "accuracy")
+    if "--save_steps" not in how:
+        words += ("--save_strategy", "epoch", "--load_best_model_at_end", "true", "--num_train_epochs", "50")
+    first = make(*words, *how)
+    first.train()
+    newest, _ = newest_whole_checkpoint(tmp_path)
+    again = make(*words, *how)
+    again.train(resume_from_checkpoint=str(newest))
+    assert again.state.global_step == first.state.global_step == int(newest.name.removeprefix("checkpoint-"))
+    assert again.state.log_history[:-1] == first.state.log_history[:-1]  # the last line is of this call's own time
+    assert newest_whole_checkpoint(tmp_path)[0] == newest
+    for name, tensor in first.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], tensor), name
 
 
 def test_an_evaluation_within_the_epoch_before_the_first_eligible_one_is_not_kept(make):

@@ -112,7 +112,7 @@ def open_upload(upload: dict | None, folder: str) -> Image.Image:
         ImageError: it is no readable image, or no file that gradio put into `folder`.
     """
     path = Path((upload or {}).get("path") or "")
-    if not path.resolve().is_relative_to(Path(folder).resolve()) or not path.is_file():
+    if not path.is_file() or not path.resolve().is_relative_to(Path(folder).resolve()):
         raise ImageError("the upload: expected a file, got none")
     with path.open("rb") as file:
         return open_image(file)

@@ -223,7 +223,7 @@ def fill_tables(page: str, script: str, tables: dict[str, str]) -> str:
     """
     for name, table in tables.items():
         start, end = f"<!-- {name}: made by {script} -->\n", f"<!-- end of {name} -->"
-        page, found = re.subn(f"{start}.*{end}", lambda _, text=f"{start}{table}\n{end}": text, page, flags=re.DOTALL)
+        page, found = re.subn(f"{start}.*?{end}", lambda _, text=f"{start}{table}\n{end}": text, page, flags=re.DOTALL)
         if found != 1:
             raise ValueError(f"page: expected {start.strip()} and {end} once, got them {found} times")
     return page

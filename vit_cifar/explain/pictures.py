@@ -95,7 +95,7 @@ def files_in(paths: list[Path]) -> list[Path]:
             files.append(path)
             continue
         kinds = Image.registered_extensions()
-        inside = sorted(file for file in path.iterdir() if kinds.get(file.suffix.lower()) in FORMATS)
+        inside = sorted(file for file in path.glob("[!.]*") if kinds.get(file.suffix.lower()) in FORMATS)
         if not inside:
             raise ImageError(f"{path}: expected image files in the folder, got none")
         files += inside

@@ -115,4 +115,4 @@ def _tutorial_name(name: str, recipe: str) -> str:
 
 def _some(names: list[str], most: int = 5) -> str:
     rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+    return ", ".join(map(str, names[:most])) + (f" and {rest} more" if rest > 0 else "")

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -56,7 +56,6 @@ def publish(
     revision: str | None = None,
     dataset_name: str | None = None,
     output: str | Path | None = None,
-    say: Callable[[str], None] = print,
 ) -> CommitInfo | None:
     """Builds the Hub's repository of a model folder, checks it, and uploads it if `push` says so.
 
@@ -66,7 +65,6 @@ def publish(
         private, revision: see `upload`.
         dataset_name: see `check_accuracy`.
         output: a new folder to keep what was built.
-        say: gets what was found, line by line.
 
     Returns: the commit, or None without `push`.
 
@@ -78,18 +76,18 @@ def publish(
         check_login()
     with new_folder(output) as folder:
         build_model_repo(model_dir, repo_id, folder)
-        say(check_card(folder))
-        say(check_as_stranger(folder))
-        say(check_accuracy(folder, dataset_name))
-        say(describe_files(folder))
+        print(check_card(folder))
+        print(check_as_stranger(folder))
+        print(check_accuracy(folder, dataset_name))
+        print(describe_files(folder))
         if not push:
-            say(f"nothing was uploaded: --push makes this one commit in {repo_id}")
+            print(f"nothing was uploaded: --push makes this one commit in {repo_id}")
             return None
         accuracy = f"{read_record(folder)['test_accuracy']:.2%}"
         commit = upload(
             folder, repo_id, "model", private, revision, f"{repo_id.split('/')[1]}, {accuracy} test accuracy"
         )
-        say(f"uploaded: {commit.commit_url}\nload it with revision={commit.oid!r}")
+        print(f"uploaded: {commit.commit_url}\nload it with revision={commit.oid!r}")
         return commit
 
 
@@ -169,7 +167,7 @@ def check_as_stranger(folder: Path) -> str:
         given, found = Path(elsewhere, "images.safetensors"), Path(elsewhere, "answer.safetensors")
         save_file({"images": images}, given)
         process = subprocess.run(
-            [sys.executable, "-I", stranger.__file__, folder.resolve(), given, found],
+            [sys.executable, "-P", stranger.__file__, folder.resolve(), given, found],
             cwd=elsewhere,
             env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(Path(elsewhere, "modules"))},
             capture_output=True,

@@ -3,7 +3,6 @@
 import importlib.metadata
 import platform
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi, SpaceCard, SpaceCardData
@@ -24,7 +23,6 @@ def publish_space(
     push: bool = False,
     private: bool = False,
     output: str | Path | None = None,
-    say: Callable[[str], None] = print,
 ) -> CommitInfo | None:
     """Builds the Space's repository, and uploads it if `push` says so.
 
@@ -32,7 +30,7 @@ def publish_space(
         repo_id: of the Space, "user/name".
         model_id: of the model that it shows, on the Hub; at a revision if it says user/name@revision.
         model_revision: branch, tag or commit of the model; None for main. The commit that it is now gets pinned.
-        private, output, say: see `publish.publish`.
+        private, output: see `publish.publish`.
 
     Returns: the commit, or None without `push`.
 
@@ -58,12 +56,12 @@ def publish_space(
     load_model(f"{model_id}@{commit}")  # or the Space would not start
     with new_folder(output) as folder:
         build_space_repo(repo_id, model_id, commit, folder)
-        say(f"shows {model_id} at commit {commit}\n{describe_files(folder)}")
+        print(f"shows {model_id} at commit {commit}\n{describe_files(folder)}")
         if not push:
-            say(f"nothing was uploaded: --push makes this one commit in the Space {repo_id}")
+            print(f"nothing was uploaded: --push makes this one commit in the Space {repo_id}")
             return None
         pushed = upload(folder, repo_id, "space", private, None, f"the page for {model_id} at {commit[:7]}")
-        say(f"uploaded: {pushed.commit_url}")
+        print(f"uploaded: {pushed.commit_url}")
         return pushed
 
 

@@ -1,6 +1,6 @@
 """Uses a model folder as a stranger does, who has transformers and not this package. A program: publish.py runs it.
 
-python -I stranger.py MODEL_FOLDER IMAGES.safetensors ANSWER.safetensors
+python -P stranger.py MODEL_FOLDER IMAGES.safetensors ANSWER.safetensors
 """
 
 import sys

@@ -103,6 +103,9 @@ class RecipeArguments:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name}: expected a whole number of at least 0, got {value!r}")
+        patience = self.early_stopping_patience
+        if patience is not None and (not isinstance(patience, int) or patience < 1):
+            raise ValueError(f"early_stopping_patience: expected a whole number of at least 1, got {patience!r}")
         for name in ("cutmix_probability", "trivial_augment_probability"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a number from 0 to 1, got {getattr(self, name)!r}")
@@ -167,7 +170,7 @@ def parse_arguments(argv: list[str]) -> tuple[RecipeArguments, TrainingArguments
     parser.set_defaults(**_of_this_machine(known["use_cpu"], known["fp16"]))
     parser.set_defaults(**recipe)
     try:
-        recipe_args, training_args = parser.parse_args_into_dataclasses(argv)
+        recipe_args, training_args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
         recipe_args.model = model | _parse_overrides(recipe_args.config_overrides)
     except (ValueError, TypeError, ImportError) as error:
         parser.error(" ".join(str(error).split()))
@@ -194,6 +197,11 @@ def _check(
             "early_stopping_patience: expected --load_best_model_at_end and evaluation (--eval_strategy) with it, got "
             f"{training_args.load_best_model_at_end} and {training_args.eval_strategy.value}"
         )
+    metric = training_args.metric_for_best_model or "loss"
+    if metric.removeprefix("eval_") not in ("loss", "accuracy"):
+        parser.error(f"metric_for_best_model: expected loss or accuracy, got {metric}")
+    if training_args.max_steps <= 0 and training_args.num_train_epochs <= 0:
+        parser.error(f"num_train_epochs: expected more than 0, got {training_args.num_train_epochs:g}")
     if training_args.n_gpu > 1:  # Trainer would multiply the batch, and batch norm would see a part of it
         parser.error(
             f"expected one process for each of {training_args.n_gpu} GPUs (torchrun --nproc_per_node "

@@ -28,6 +28,8 @@ def load_start(
         ModelError: there is no such model.
         ValueError: the recipe's config fields are wrong, or not among ADAPTABLE for a trained model.
     """
+    if named := {"id2label", "label2id", "num_labels"} & set(recipe.model):
+        raise ValueError(f"model: expected the classes in the data alone, got {', '.join(sorted(named))}")
     if folder is None:
         config = ViTCifarConfig(**recipe.model)
         if config.num_channels != 3:
@@ -52,8 +54,10 @@ def initial_model(
     """(The model that training starts with, one line that says what it is); seed before.
 
     Raises:
-        ValueError: whitening without a convolutional stem.
+        ValueError: a single class, or whitening without a convolutional stem.
     """
+    if len(train_set.classes) < 2:
+        raise ValueError(f"label_column: expected two classes or more, got {', '.join(train_set.classes)} alone")
     if pretrained is not None:
         model, said = adapt(pretrained, train_set.classes, attn_implementation, **recipe.model)
         if recipe.freeze_body:

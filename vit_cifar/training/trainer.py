@@ -54,12 +54,12 @@ class Clock(TrainerCallback, ExportableState):
 
 
 class SaveAfterEvaluation(TrainerCallback):
-    """A save that falls on the end of an epoch waits for its evaluation, which a run resumed from it would lack."""
+    """A save at the end of an epoch or of the training waits for its evaluation, which a resumed run would lack."""
 
     waiting = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        if control.should_save and state.epoch.is_integer():
+        if control.should_save and (state.epoch.is_integer() or control.should_training_stop):
             control.should_save, self.waiting = False, True
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
@@ -72,6 +72,9 @@ class ViTCifarTrainer(Trainer):
 
     Args:
         image_mean, image_std: per channel, of pixels scaled to 0..1.
+
+    Raises:
+        ValueError: shifts of a whole image.
     """
 
     def __init__(
@@ -84,6 +87,9 @@ class ViTCifarTrainer(Trainer):
         image_mean: list[float],
         image_std: list[float],
     ):
+        side = train_dataset.images.shape[-1]
+        if recipe.max_shift >= side:
+            raise ValueError(f"max_shift: expected less than the images' {side} pixels, got {recipe.max_shift}")
         callbacks = [Clock(), SaveAfterEvaluation()]
         if recipe.early_stopping_patience is not None:
             callbacks.append(EarlyStoppingCallback(recipe.early_stopping_patience))
@@ -153,6 +159,18 @@ class ViTCifarTrainer(Trainer):
                 callback.early_stopping_patience = self.recipe.early_stopping_patience
                 # Of a checkpoint without patience: Trainer's next save asks for it.
                 self.state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        """Trainer's, which would go on for a step, or an epoch, with a training that had ended."""
+        patient = all(
+            callback.early_stopping_patience_counter < callback.early_stopping_patience
+            for callback in self.callback_handler.callbacks
+            if isinstance(callback, EarlyStoppingCallback)
+        )
+        if self.state.global_step < self.state.max_steps and patient:
+            super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return decayed_parameter_names(model)
