@@ -111,7 +111,7 @@ def test_a_save_at_the_end_of_an_epoch_or_of_the_training_holds_its_evaluation(m
     trainer.train()
     state = json.loads((tmp_path / f"checkpoint-{steps}" / "trainer_state.json").read_text())
     assert "eval_loss" in state["log_history"][-1]
-    assert (tmp_path / "checkpoint-2").exists()
+    assert (tmp_path / f"checkpoint-{steps - 2}").exists()
 
 
 @pytest.mark.parametrize(
