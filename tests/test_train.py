@@ -173,7 +173,10 @@ def test_a_finished_training_is_not_overwritten(smoke_folder):
         (["--config_overrides", "hiden_size=33"], "hiden_size: expected a field of ViTCifarConfig"),
         (["--config_overrides", "hidden_size=wide"], "Field 'hidden_size' expected int, got str"),
         (["--config_overrides", "num_channels=1"], "num_channels: expected 3, as images are decoded to RGB, got 1"),
-        (["--config_overrides", "num_labels=5"], "model: expected the classes in the data alone, got num_labels"),
+        (
+            ["--config_overrides", "num_labels=5"],
+            "config fields: expected the classes to be the data's, got num_labels",
+        ),
         (["--max_shift", "32"], "max_shift: expected less than the images' 32 pixels, got 32"),
         (["--optim", "adafactor"], "optim: expected --optimizer trainer with it, got muon"),
         (["--attn_implementation", "magic"], "magic"),

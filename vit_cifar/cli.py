@@ -48,11 +48,10 @@ def predict(
     from .images import open_image
     from .models import load_model
 
-    for path in images:  # all of them before any work, and none is kept: there may be thousands
-        open_image(path)
     network, processor = load_model(model)
     classify = pipeline("image-classification", model=network, image_processor=processor)
-    answers = classify((open_image(path) for path in images), top_k=min(top, network.config.num_labels))
+    opened = (open_image(path) for path in images)  # one after the other: there may be thousands
+    answers = list(classify(opened, top_k=min(top, network.config.num_labels)))  # all of them, or an error and none
     if as_json:
         rows = [{"image": str(path), "predictions": answer} for path, answer in zip(images, answers, strict=True)]
         print(json.dumps(rows, indent=2))
@@ -298,7 +297,8 @@ def main() -> None:
     logging.set_verbosity_error()
     disable_progress_bars()
     set_verbosity_error()
-    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
     warnings.filterwarnings("ignore", module="PIL|torch")  # of damaged files: the error says what the user needs
     try:
         app()

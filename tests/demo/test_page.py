@@ -310,6 +310,7 @@ def test_only_uploaded_files_are_opened(page, tmp_path):
         {"url": data_url},
         {"path": str(tmp_path)},
         {"path": "no\0file"},
+        {"path": "a" * 300},
         None,
     ]:
         with pytest.raises(ImageError, match="expected a file, got none"):

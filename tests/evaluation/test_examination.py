@@ -18,6 +18,7 @@ from vit_cifar.evaluation.examination import (
 )
 from vit_cifar.evaluation.metrics import evaluate
 from vit_cifar.explain.perturbation import METHODS, deletion_insertion, look
+from vit_cifar.integrity import check_checksums
 from vit_cifar.models import BUNDLED_MODELS, DEFAULT_MODEL, load_model
 from vit_cifar.training.data import load_split, normalize
 
@@ -130,3 +131,4 @@ def test_an_examination_that_is_cut_off_leaves_a_folder_that_loads(found, tmp_pa
     load_model(str(folder))
     write_examination(folder, found)  # again, as the command would
     assert read_examination(folder) is not None
+    check_checksums(folder)

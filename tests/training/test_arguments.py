@@ -161,7 +161,11 @@ def test_tutorial_recipes_are_the_tutorials(tmp_path):
             ["--recipe", "nano", "--output_dir", "x", "--metric_for_best_model", "acc"],
             "metric_for_best_model: expected loss or accuracy, got acc",
         ),
-        (["--recipe", "nano", "--output_dir", "x", "--num_train_epochs", "0"], "num_train_epochs: expected more than"),
+        (
+            ["--recipe", "nano", "--output_dir", "x", "--num_train_epochs", "0"],
+            "num_train_epochs or max_steps: expected",
+        ),
+        (["--recipe", "nano", "--output_dir", "x", "--max_steps", "0"], "num_train_epochs or max_steps: expected"),
         (
             ["--recipe", "nano", "--output_dir", "x", "--early_stopping_patience", "0"],
             "early_stopping_patience: expected a whole number of at least 1, got 0",

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -5,7 +7,7 @@ from vit_cifar import ViTCifarConfig, ViTCifarForImageClassification
 from vit_cifar.configuration_vit_cifar import CIFAR10_CLASSES
 from vit_cifar.training.arguments import parse_arguments
 from vit_cifar.training.data import CIFAR10_MEAN, CIFAR10_STD, load_split, normalize
-from vit_cifar.training.initialization import adapt, load_start, whiten
+from vit_cifar.training.initialization import adapt, initial_model, load_start, whiten
 
 IMAGES = torch.randn(3, 3, 48, 48, generator=torch.Generator().manual_seed(0))
 
@@ -41,6 +43,13 @@ def test_other_classes_get_a_new_head_on_the_same_body():
     assert model(IMAGES).logits.shape == (3, 2)
     torch.testing.assert_close(model.eval().vit(IMAGES).pooler_output, pretrained.vit(IMAGES).pooler_output)
     assert pretrained.config.num_labels == 10
+
+
+def test_a_single_class_is_refused():
+    recipe, _, _ = parse_arguments(["--recipe", "smoke", "--output_dir", "x"])
+    one_class = replace(load_split("sample", "train"), classes=["cat"])
+    with pytest.raises(ValueError, match="label_column: expected two classes or more, got cat alone"):
+        initial_model(recipe, *load_start(recipe, None), one_class, "eager")
 
 
 @pytest.mark.parametrize("position_embedding", ["learned", "sinusoidal"])

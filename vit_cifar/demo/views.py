@@ -1,6 +1,7 @@
 """What the page shows, computed without gradio. Letters in shapes as in the model file."""
 
 import io
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -112,7 +113,7 @@ def open_upload(upload: dict | None, folder: str) -> Image.Image:
         ImageError: it is no readable image, or no file that gradio put into `folder`.
     """
     path = Path((upload or {}).get("path") or "")
-    if not path.is_file() or not path.resolve().is_relative_to(Path(folder).resolve()):
+    if not os.path.isfile(path) or not path.resolve().is_relative_to(Path(folder).resolve()):
         raise ImageError("the upload: expected a file, got none")
     with path.open("rb") as file:
         return open_image(file)

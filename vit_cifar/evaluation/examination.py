@@ -262,12 +262,10 @@ def write_examination(folder: str | Path, examination: Examination) -> None:
     folder, sha256 = Path(folder), records.weights_sha256(folder)
     part = folder / f".{MISTAKES_NAME}.part"
     examination.answers.add_column("weights_sha256", [sha256] * len(examination.answers)).to_parquet(part)
-    if listed := (folder / SUMS_NAME).is_file():
-        (folder / SUMS_NAME).unlink()  # cut off from here on, a list of the old files would refuse the whole folder
+    (folder / SUMS_NAME).unlink(missing_ok=True)  # cut off from here on, an old list would refuse the whole folder
     os.replace(part, folder / MISTAKES_NAME)
     records.write_json(folder / EXAMINATION_NAME, {"weights_sha256": sha256} | examination.record)
-    if listed:
-        write_checksums(folder)
+    write_checksums(folder)
 
 
 def read_examination(folder: str | Path) -> Examination | None:

@@ -113,6 +113,6 @@ def _tutorial_name(name: str, recipe: str) -> str:
     return name.replace("patchembedding.projection.", f"patchembedding.projection.{place}.")
 
 
-def _some(names: list[str], most: int = 5) -> str:
+def _some(names: list, most: int = 5) -> str:
     rest = len(names) - most
     return ", ".join(map(str, names[:most])) + (f" and {rest} more" if rest > 0 else "")

@@ -200,8 +200,8 @@ def _check(
     metric = training_args.metric_for_best_model or "loss"
     if metric.removeprefix("eval_") not in ("loss", "accuracy"):
         parser.error(f"metric_for_best_model: expected loss or accuracy, got {metric}")
-    if training_args.max_steps <= 0 and training_args.num_train_epochs <= 0:
-        parser.error(f"num_train_epochs: expected more than 0, got {training_args.num_train_epochs:g}")
+    if training_args.max_steps == 0 or (training_args.max_steps < 0 and training_args.num_train_epochs <= 0):
+        parser.error("num_train_epochs or max_steps: expected more than 0, got 0 or less")
     if training_args.n_gpu > 1:  # Trainer would multiply the batch, and batch norm would see a part of it
         parser.error(
             f"expected one process for each of {training_args.n_gpu} GPUs (torchrun --nproc_per_node "

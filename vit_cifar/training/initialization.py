@@ -29,7 +29,7 @@ def load_start(
         ValueError: the recipe's config fields are wrong, or not among ADAPTABLE for a trained model.
     """
     if named := {"id2label", "label2id", "num_labels"} & set(recipe.model):
-        raise ValueError(f"model: expected the classes in the data alone, got {', '.join(sorted(named))}")
+        raise ValueError(f"config fields: expected the classes to be the data's, got {', '.join(sorted(named))}")
     if folder is None:
         config = ViTCifarConfig(**recipe.model)
         if config.num_channels != 3:
