@@ -34,7 +34,7 @@ TRIED_SPEEDRUN = {
     "[steps.yaml](steps.yaml): 64 patches, batches of 128, shifts of 4, cutout": "speedrun/earlier.json",
 }
 TRIED_NANO = {
-    "a stem of 48, 48, 96, 96, 192, 192, 3 layers with an MLP of 288, batches of 128, cutout": "nano/doubled_stem.json",
+    "a stem of 24, 64, 64, 192, 192, 192, 2 layers with an MLP of 384, batches of 64, no cutout": "nano/wide_stem.json",
     "TrivialAugment for 70% of the images, drop path 0.05, first filters whitened": "nano/trivial_augment.json",
     "16 patches: 7 convolutions (24, 64, 64, 192, …), 1 layer, first filters whitened": "nano/sixteen_patches.json",
 }
@@ -51,7 +51,7 @@ STEPS = {
         *("--config_overrides", "patch_embedding=conv", "--whiten_first_convolution", "false")
     ],
     "first filters random": ["--whiten_first_convolution", "false"],
-    "3 layers with an MLP of 288": ["--config_overrides", "num_hidden_layers=3,intermediate_size=288"],
+    "3 layers with an MLP of 288, as nano": ["--config_overrides", "num_hidden_layers=3,intermediate_size=288"],
     "width 128, 5 layers, an MLP of 256": [
         *("--config_overrides", "hidden_size=128,num_hidden_layers=5,num_attention_heads=4,intermediate_size=256")
     ],
