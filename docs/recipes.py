@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import TrainerCallback
 
 from vit_cifar import ViTCifarForImageClassification, ViTCifarModel
+from vit_cifar.evaluation.examination import EXAMINATION_NAME
 from vit_cifar.evaluation.records import RECORD_NAME, fill_tables, passes, read_record, write_json
 from vit_cifar.modeling_vit_cifar import ViTCifarAttention, ViTCifarConvStem
 from vit_cifar.models import BUNDLED_MODELS, DEFAULT_MODEL
@@ -221,10 +222,29 @@ def trainings(recipe: str, shipped: Path, tried: dict[str, str]) -> str:
     return "\n".join(rows)
 
 
+def maps(tried: str) -> str:
+    """How much the maps of the shipped nano and of one that was tried say, as Markdown."""
+    rows = []
+    for name, path in {
+        "as shipped": BUNDLED_MODELS / DEFAULT_MODEL / EXAMINATION_NAME,
+        f"the wider stem ([examination]({tried}))": PAGE.parent / tried,
+    }.items():
+        found = json.loads(path.read_text())["maps"]
+        scores = {method: f"{numbers['score']:.3f}" for method, numbers in found["methods"].items()}
+        if not rows:
+            rows = [f"| nano, {found['images']} images | {' | '.join(scores)} |", "|---|" + "---|" * len(scores)]
+        rows.append(f"| {name} | {' | '.join(scores.values())} |")
+    return "\n".join(rows)
+
+
 def fill(page: str, log: dict[str, dict]) -> str:
     speedrun = trainings("speedrun, seed 0", PAGE.parent / "speedrun" / "seed_0.json", TRIED_SPEEDRUN)
     nano = trainings("nano", BUNDLED_MODELS / DEFAULT_MODEL / RECORD_NAME, TRIED_NANO)
-    return fill_tables(page, "docs/recipes.py", {"steps": steps(log), "speedrun": speedrun, "trainings": nano})
+    return fill_tables(
+        page,
+        "docs/recipes.py",
+        {"steps": steps(log), "speedrun": speedrun, "trainings": nano, "maps": maps("nano/wide_stem_examination.json")},
+    )
 
 
 def main(dataset_name: str | None = None, output_folder: str = "runs/steps") -> None:

@@ -17,6 +17,7 @@ def test_public_names():
     assert set(vit_cifar.__all__) == {
         *("CIFAR10_CLASSES", "ViTCifarConfig", "ViTCifarForImageClassification", "ViTCifarModel")
     }
+    assert all(hasattr(vit_cifar, name) for name in vit_cifar.__all__)
 
 
 def test_the_import_is_light_and_reaches_for_no_network(tmp_path):

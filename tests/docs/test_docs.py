@@ -27,6 +27,13 @@ def test_readmes_results_are_the_records():
     assert RESULTS["fill"](readme) == readme, "python docs/results.py fills README again"
     security = (ROOT / "SECURITY.md").read_text()
     assert RESULTS["fill_security"](security) == security, "python docs/results.py fills SECURITY.md again"
+    rows = RESULTS["runs"]()
+    assert len(rows) >= 8
+    for found in rows.values():
+        assert found[0][1]["command"] in readme
+        for path, record in found:
+            assert f"]({path})" in readme and f" {record['parameters']:,} |" in readme
+            assert len(found) > 1 or f"{record['test_accuracy']:.2%}" in readme
 
 
 def test_readmes_example_prints_what_it_says():

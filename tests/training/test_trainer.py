@@ -118,17 +118,19 @@ def test_a_save_at_the_end_of_an_epoch_or_of_the_training_holds_its_evaluation(m
     "how",
     [
         ("--max_steps", "6", "--save_steps", "2"),
-        ("--early_stopping_patience", "1", "--learning_rate", "0", "--muon_learning_rate", "0"),
+        (
+            *("--num_train_epochs", "50", "--learning_rate", "0", "--muon_learning_rate", "0"),
+            *("--early_stopping_patience", "1", "--load_best_model_at_end", "true", "--save_strategy", "epoch"),
+        ),
     ],
+    ids=["max_steps", "patience"],
 )
 def test_a_training_that_had_ended_stays_as_it_is_when_it_is_resumed(make, tmp_path, how):
-    words = ("--per_device_train_batch_size", "10", "--eval_strategy", "epoch", "--metric_for_best_model", "accuracy")
-    if "--save_steps" not in how:
-        words += ("--save_strategy", "epoch", "--load_best_model_at_end", "true", "--num_train_epochs", "50")
-    first = make(*words, *how)
+    words = (*how, "--per_device_train_batch_size", "10", "--metric_for_best_model", "accuracy")
+    first = make(*words)
     first.train()
     newest, _ = newest_whole_checkpoint(tmp_path)
-    again = make(*words, *how)
+    again = make(*words)
     again.train(resume_from_checkpoint=str(newest))
     assert again.state.global_step == first.state.global_step == int(newest.name.removeprefix("checkpoint-"))
     assert again.state.log_history[:-1] == first.state.log_history[:-1]  # the last line is of this call's own time

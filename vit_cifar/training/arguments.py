@@ -99,13 +99,13 @@ class RecipeArguments:
             words = get_args(type(self).__annotations__[name])
             if getattr(self, name) not in words:
                 raise ValueError(f"{name}: expected one of {', '.join(words)}, got {getattr(self, name)!r}")
-        for name in ("validation_size", "max_shift", "cutout_size", "first_eligible_epoch"):
+        least = dict.fromkeys(("validation_size", "max_shift", "cutout_size", "first_eligible_epoch"), 0)
+        if self.early_stopping_patience is not None:
+            least["early_stopping_patience"] = 1
+        for name, bound in least.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name}: expected a whole number of at least 0, got {value!r}")
-        patience = self.early_stopping_patience
-        if patience is not None and (not isinstance(patience, int) or patience < 1):
-            raise ValueError(f"early_stopping_patience: expected a whole number of at least 1, got {patience!r}")
+            if not isinstance(value, int) or value < bound:
+                raise ValueError(f"{name}: expected a whole number of at least {bound}, got {value!r}")
         for name in ("cutmix_probability", "trivial_augment_probability"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a number from 0 to 1, got {getattr(self, name)!r}")

@@ -130,7 +130,11 @@ class ViTCifarTrainer(Trainer):
 
     @property
     def clock(self) -> Clock:
-        return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, Clock))
+        return self._callback(Clock)
+
+    def _callback(self, kind: type[TrainerCallback]) -> TrainerCallback | None:
+        """By its type: a resumed training has others than it was made with."""
+        return next((callback for callback in self.callback_handler.callbacks if isinstance(callback, kind)), None)
 
     def _prepare_inputs(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         inputs = super()._prepare_inputs(inputs)
@@ -154,23 +158,19 @@ class ViTCifarTrainer(Trainer):
     def _load_callback_state(self) -> None:
         """Trainer's; the patience is what this command says, not what the checkpoint's did."""
         super()._load_callback_state()
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, EarlyStoppingCallback):
-                callback.early_stopping_patience = self.recipe.early_stopping_patience
-                # Of a checkpoint without patience: Trainer's next save asks for it.
-                self.state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
+        if stopping := self._callback(EarlyStoppingCallback):
+            stopping.early_stopping_patience = self.recipe.early_stopping_patience
+            # Of a checkpoint without patience: Trainer's next save asks for it.
+            self.state.stateful_callbacks.setdefault(type(stopping).__name__, stopping.state())
 
     def _run_epoch(self, *args, **kwargs) -> None:
         """Trainer's, which would go on for a step, or an epoch, with a training that had ended."""
-        patient = all(
-            callback.early_stopping_patience_counter < callback.early_stopping_patience
-            for callback in self.callback_handler.callbacks
-            if isinstance(callback, EarlyStoppingCallback)
-        )
-        if self.state.global_step < self.state.max_steps and patient:
-            super()._run_epoch(*args, **kwargs)
-        else:
+        stopping = self._callback(EarlyStoppingCallback)
+        stopped = stopping and stopping.early_stopping_patience_counter >= stopping.early_stopping_patience
+        if stopped or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return decayed_parameter_names(model)
