@@ -357,8 +357,9 @@ def browser():
 class Visit:
     """A browser tab on the page that remembers what went wrong in it."""
 
-    def __init__(self, browser: Browser, url: str, theme: str, width: int):
+    def __init__(self, browser: Browser, url: str, theme: str, width: int, script: str = ""):
         self.tab = browser.new_page(viewport={"width": width, "height": 844})
+        self.tab.add_init_script(script)
         self.tab.set_default_timeout(PATIENCE * 1000)
         self.events = events = []
         self.tab.on("console", lambda m: events.append(f"{m.text} {m.location}") if m.type == "error" else None)
@@ -610,8 +611,35 @@ def test_a_full_queue_says_so(subject, page, client, browser, monkeypatch):
     visit.tab.close()
 
 
-def test_clearing_and_dropping_in_a_browser(subject, page, browser):
-    visit = Visit(browser, page.local_url, "light", 1280)
+# A drop clears the picture and uploads another: the page is told at one time that the one and the other are done.
+BOTH_DONE = """
+    const real = window.fetch;
+    let uploaded;
+    window.fetch = async (input, init) => {
+        const answer = await real(input, init), url = String(input.url ?? input);
+        if (url.includes("/upload?")) await new Promise((done) => setTimeout((uploaded = done), 2000)); // if it came last
+        if (!url.includes("/queue/data")) return answer;
+        const chunks = answer.body.getReader();
+        const body = new ReadableStream({
+            async pull(page) {
+                const { done, value } = await chunks.read();
+                if (done) return page.close();
+                if (uploaded && new TextDecoder().decode(value).includes("process_completed")) {
+                    uploaded();
+                    uploaded = null;
+                    await new Promise((next) => setTimeout(next));
+                }
+                page.enqueue(value);
+            },
+        });
+        return new Response(body, answer);
+    };
+"""
+
+
+@pytest.mark.parametrize("script", ["", BOTH_DONE], ids=["as it comes", "both done at one time"])
+def test_dropping_and_clearing_in_a_browser(subject, page, browser, script):
+    visit = Visit(browser, page.local_url, "light", 1280, script)
     expect(visit.tab.get_by_label("Class to explain")).to_be_enabled()  # a drop on a page that is not ready is lost
     seen = visit.picture(SEEN)
     file = visit.tab.evaluate_handle(

@@ -12,7 +12,8 @@ def test_bad_pictures_and_bodies_over_the_limit():
 
 
 def test_many_visitors_at_once():
-    figures = page.load(users=4, each=3, in_a_row=50, uploads=15)
+    # So many in a row that half a megabyte more, which the allocator takes now and then, is no growth.
+    figures = page.load(users=4, each=3, in_a_row=500, uploads=15)
     assert figures["busy"] > 0
 
 

@@ -185,7 +185,18 @@ def _show(page: gr.Blocks, subject: Subject) -> None:
                 **options,
             )
         )
-    events.append(source.clear(lambda: empty, None, outputs, api_visibility="private", **options))
+    # A picture dropped on another is a clear and then an upload. The clear's answer leaves the picture alone, or it takes
+    # away the new one if it comes just after it. Only what an earlier answer has put back goes: that has no size.
+    cleared = source.clear(lambda: empty[1:], None, outputs[1:], api_visibility="private", **options)
+    cleared.success(
+        lambda shown: None if shown and not shown.get("size") else gr.skip(),
+        source,
+        source,
+        preprocess=False,
+        queue=False,
+        api_visibility="private",
+    )
+    events.append(cleared)
     for event in list(events):
         # No answer to an earlier picture stays beside one that cannot be read, or that found the queue full.
         events.append(event.failure(lambda: empty, None, outputs, queue=False, api_visibility="private", **options))
