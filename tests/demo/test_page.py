@@ -617,7 +617,7 @@ BOTH_DONE = """
     let uploaded;
     window.fetch = async (input, init) => {
         const answer = await real(input, init), url = String(input.url ?? input);
-        if (url.includes("/upload?")) await new Promise((done) => setTimeout((uploaded = done), 2000)); // if it came last
+        if (url.includes("/upload?")) await new Promise((done) => setTimeout((uploaded = done), 2000)); // if it is last
         if (!url.includes("/queue/data")) return answer;
         const chunks = answer.body.getReader();
         const body = new ReadableStream({

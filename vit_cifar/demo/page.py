@@ -185,8 +185,8 @@ def _show(page: gr.Blocks, subject: Subject) -> None:
                 **options,
             )
         )
-    # A picture dropped on another is a clear and then an upload. The clear's answer leaves the picture alone, or it takes
-    # away the new one if it comes just after it. Only what an earlier answer has put back goes: that has no size.
+    # A picture dropped on another is a clear and then an upload. The clear's answer leaves the picture alone, or it
+    # takes away the new one if it comes just after it. Only what an earlier answer has put back goes: it has no size.
     cleared = source.clear(lambda: empty[1:], None, outputs[1:], api_visibility="private", **options)
     cleared.success(
         lambda shown: None if shown and not shown.get("size") else gr.skip(),
