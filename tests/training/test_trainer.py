@@ -1,7 +1,10 @@
 import json
+import platform
+import sys
 
 import pytest
 import torch
+from helpers import run
 from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback
 from transformers.trainer_pt_utils import LabelSmoother
@@ -180,3 +183,30 @@ def test_a_training_without_a_whole_checkpoint_starts_anew_and_one_with_damaged_
     (tmp_path / "checkpoint-2" / "model.safetensors").write_text("others")
     with pytest.raises(TrainingError, match="expected a whole checkpoint in .*, got none"):
         find_checkpoint(args)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's allocator")
+def test_freed_memory_is_kept_for_the_next_step_and_given_back_in_the_end():
+    code = """
+import resource, psutil, torch
+from vit_cifar.training.trainer import freed_memory_kept
+
+def fetched():  # MiB, by the last of some steps that need 128
+    for _ in range(5):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        step = [torch.ones(2**22) for _ in range(8)]
+        del step
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize() // 2**20
+
+def held():  # MiB
+    return psutil.Process().memory_info().rss // 2**20
+
+print(fetched())
+at_start = held()
+with freed_memory_kept():
+    print(fetched())
+print(held() - at_start)
+"""
+    gives_back = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # always; otherwise it hangs on what lies above
+    before, during, held_more = map(int, run(sys.executable, "-c", code, **gives_back).stdout.split())
+    assert before > 100 and during < 10 and held_more < 30
