@@ -63,7 +63,9 @@ def test_a_plain_patch_embedding_is_not_for_muon(embedding):
 
 def test_equals_the_two_optimizers_by_hand(monkeypatch):
     monkeypatch.setattr(
-        torch.optim._muon, "_zeropower_via_newtonschulz", lambda update, *_: orthogonalize(update[None])[0]
+        torch.optim._muon,
+        "_zeropower_via_newtonschulz",
+        lambda update, *_: orthogonalize(update[None], torch.float32)[0],
     )
     model, twin = build(), build()
     train(model, MuonWithAdamW(model, lr=1e-3, muon_lr=0.02, weight_decay=0.1))
@@ -100,7 +102,7 @@ def test_makes_about_the_steps_of_torchs_muon_in_bf16(shape):
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(shape, generator=generator)
     own, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
-    steps = Muon([own], 0.02, 0.1), torch.optim.Muon([theirs], 0.02, 0.1)
+    steps = Muon([own], 0.02, 0.1, torch.bfloat16), torch.optim.Muon([theirs], 0.02, 0.1)
     for _ in range(5):
         own.grad = theirs.grad = torch.randn(shape, generator=generator)
         for one in steps:
@@ -118,7 +120,7 @@ def test_orthogonalizes_as_newton_and_schulz_do_step_by_step(shape):
     for _ in range(5):
         gram = expected @ expected.T
         expected = 3.4445 * expected + (-4.7750 * gram + 2.0315 * gram @ gram) @ expected
-    found, negative = orthogonalize(torch.stack([matrix.float(), -2 * matrix.float()]))
+    found, negative = orthogonalize(torch.stack([matrix.float(), -2 * matrix.float()]), torch.float32)
     torch.testing.assert_close(negative, -found)
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-4)
     values = (left.T @ found.double() @ right.T).diag()

@@ -210,3 +210,9 @@ print(held() - at_start)
     gives_back = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # always; otherwise it hangs on what lies above
     before, during, held_more = map(int, run(sys.executable, "-c", code, **gives_back).stdout.split())
     assert before > 100 and during < 10 and held_more < 30
+
+
+@pytest.mark.parametrize(("bf16", "dtype"), [("true", torch.bfloat16), ("false", torch.float32)])
+def test_muon_orthogonalizes_in_the_number_format_of_the_training(make, bf16, dtype):
+    muon, _ = make("--bf16", bf16).create_optimizer().optimizers
+    assert muon.dtype == dtype

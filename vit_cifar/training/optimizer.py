@@ -1,7 +1,6 @@
 """Which parameters are trained how: Muon for the matrices, AdamW for the rest; what is decayed and what is not."""
 
 from collections import defaultdict
-from functools import reduce
 
 import torch
 from torch import nn
@@ -22,40 +21,33 @@ def muon_parameter_names(model: nn.Module) -> list[str]:
     return [name for name in decayed_parameter_names(model) if name.startswith(inside)]
 
 
-def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
-    """(B, m, n) -> about U Vᵀ of the singular value decomposition of each, in float32, by five quintic Newton-Schulz
-    steps (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
-
-    Each step X <- f X multiplies by a polynomial f of X Xᵀ. All these are symmetric and commute, so that they are
-    found from the smaller square X Xᵀ alone and meet the matrix once, at the end: "Gram Newton-Schulz" (Zhang, Amsel,
-    Chen, Dao 2026, https://dao-lab.ai/blog/2026/gram-newton-schulz), which in float32 needs no restart.
-    """
+def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(B, m, n) -> about U Vᵀ of the singular value decomposition of each, float32, by five quintic Newton-Schulz steps
+    in `dtype` (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon)."""
     is_tall = matrices.shape[1] > matrices.shape[2]
-    wide = matrices.mT.float() if is_tall else matrices.float()
-    wide = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    gram, factors = wide @ wide.mT, []
+    found = matrices.mT if is_tall else matrices
+    found = (found / found.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(dtype)
     for _ in range(5):
-        if factors:
-            gram = factors[-1] @ gram @ factors[-1]
-        factors.append(torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315))
-        factors[-1].diagonal(dim1=1, dim2=2).add_(3.4445)
-    found = reduce(torch.bmm, [*factors, wide])
-    return found.mT if is_tall else found
+        gram = found @ found.mT
+        factor = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        found = torch.baddbmm(found, factor, found, beta=3.4445)
+    return (found.mT if is_tall else found).float()
 
 
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024, as above), with a Nesterov momentum of 0.95 and decoupled weight decay.
 
-    `torch.optim.Muon` with its defaults, but for three things: that one orthogonalizes in bf16, where on a processor
-    without units for it a step takes some 25 times as long; one matrix after the other, where a GPU waits for the
-    start of each of many small products; and it takes no filters, which here count as matrices
-    (out, in * height * width).
+    `torch.optim.Muon` with its defaults, but for three things: that one orthogonalizes in bf16 always, where on a
+    processor without units for it a step takes some 25 times as long, and not in `dtype`; one matrix after the other,
+    where a GPU waits for the start of each of many small products; and it takes no filters, which here count as
+    matrices (out, in * height * width).
     """
 
     momentum = 0.95
 
-    def __init__(self, matrices: list[nn.Parameter], lr: float, weight_decay: float):
+    def __init__(self, matrices: list[nn.Parameter], lr: float, weight_decay: float, dtype: torch.dtype):
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -69,7 +61,7 @@ class Muon(torch.optim.Optimizer):
                 average.lerp_(gradient, 1 - self.momentum)
                 of_shape[gradient.shape].append((p, gradient.lerp(average, self.momentum)))
             for (rows, columns), pairs in of_shape.items():
-                updates = orthogonalize(torch.stack([update for _, update in pairs]))
+                updates = orthogonalize(torch.stack([update for _, update in pairs]), self.dtype)
                 for (p, _), update in zip(pairs, updates, strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.add_(update.reshape(p.shape), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
@@ -79,7 +71,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
     """Muon for what `muon_parameter_names` lists and AdamW for the rest, behind one optimizer.
 
     Args:
-        lr, betas, eps: for AdamW; muon_lr: for Muon. A scheduler scales both.
+        lr, betas, eps: for AdamW; muon_lr, dtype: for Muon. A scheduler scales both learning rates.
         weight_decay: decoupled, for both; AdamW's share of it is what `decayed_parameter_names` lists.
     """
 
@@ -89,6 +81,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         lr: float,
         muon_lr: float,
         weight_decay: float,
+        dtype: torch.dtype = torch.float32,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ):
@@ -104,7 +97,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
             {"params": [p for n, p in parameters.items() if n not in decayed], "weight_decay": 0.0},
         ]
         self.optimizers = (
-            Muon(matrices, lr=muon_lr, weight_decay=weight_decay),
+            Muon(matrices, lr=muon_lr, weight_decay=weight_decay, dtype=dtype),
             torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=betas, eps=eps),
         )
         self.defaults = {"lr": lr}  # which transformers' schedules divide by

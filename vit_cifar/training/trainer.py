@@ -213,6 +213,7 @@ class ViTCifarTrainer(Trainer):
                 lr=args.learning_rate,
                 muon_lr=self.recipe.muon_learning_rate,
                 weight_decay=args.weight_decay,
+                dtype=torch.bfloat16 if args.bf16 else torch.float32,
                 betas=(args.adam_beta1, args.adam_beta2),
                 eps=args.adam_epsilon,
             )
