@@ -105,9 +105,10 @@ def speed() -> str:
         'transformers\' ViT is this choice: `attn_implementation="eager"` gives it to theirs too.',
         f"At {_product_rate(record)} {_shares(record)}",
         f"At {_product_rate(older)} {_shares(older)}",
-        f"With `LD_PRELOAD` set to tcmalloc's library (Debian's `libtcmalloc-minimal4`) the first machine gave "
-        f"{other:.0f} images/s for our training step where glibc's allocator had given {own:.0f}; the ratios of the "
-        f"first four rows are then {others}.",
+        "glibc's allocator gives freed memory back and fetches it anew in each step, so training keeps it. Before that "
+        f"(commit {preloaded['git_commit'][:7]}), tcmalloc's library (Debian's `libtcmalloc-minimal4`) in `LD_PRELOAD` "
+        f"gave {other:.0f} images/s for our training step on the first machine where glibc's allocator had given "
+        f"{own:.0f}; the ratios of the first four rows are then {others}.",
     ]
     parts = [
         _ratios(record, older),

@@ -37,10 +37,10 @@ def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024, as above), with a Nesterov momentum of 0.95 and decoupled weight decay.
 
-    `torch.optim.Muon` with its defaults, but for three things: that one orthogonalizes in bf16 always, where on a
-    processor without units for it a step takes some 25 times as long, and not in `dtype`; one matrix after the other,
-    where a GPU waits for the start of each of many small products; and it takes no filters, which here count as
-    matrices (out, in * height * width).
+    `torch.optim.Muon` with its defaults, but for three things: that one orthogonalizes in bf16 in place of `dtype`, and
+    on a processor without units for bf16 a step takes some 25 times as long; one matrix after the other, where a GPU
+    waits for the start of each of many small products; and it takes no filters, which here count as matrices
+    (out, in * height * width).
     """
 
     momentum = 0.95
