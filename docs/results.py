@@ -93,7 +93,7 @@ def speed() -> str:
         json.loads((ROOT / "docs" / f"benchmark{name}.json").read_text())
         for name in ("", "_older", "_float32", "_tcmalloc")
     )
-    own, other = (_rates(found)["vit-cifar, train.py, bf16"]["images_per_second"] for found in (record, preloaded))
+    other = _rates(preloaded)["vit-cifar, train.py, bf16"]["images_per_second"]
     others = ", ".join(f"{item['median']:.2f}×" for item in preloaded["ratios"][:4])
     notes = [
         f"The commands: {_commands(record, older)}. The machines have {record['hardware']['cores']} CPU cores and are "
@@ -105,10 +105,11 @@ def speed() -> str:
         'transformers\' ViT is this choice: `attn_implementation="eager"` gives it to theirs too.',
         f"At {_product_rate(record)} {_shares(record)}",
         f"At {_product_rate(older)} {_shares(older)}",
-        "glibc's allocator gives freed memory back and fetches it anew in each step, so training keeps it. Before that "
-        f"(commit {preloaded['git_commit'][:7]}), tcmalloc's library (Debian's `libtcmalloc-minimal4`) in `LD_PRELOAD` "
-        f"gave {other:.0f} images/s for our training step on the first machine where glibc's allocator had given "
-        f"{own:.0f}; the ratios of the first four rows are then {others}.",
+        "glibc's allocator gives freed memory back and fetches it anew in each step. `train.py` keeps it, which the "
+        "others do not, since a commit later than that of the first machine's figures. Without that, but with "
+        "tcmalloc's library (Debian's `libtcmalloc-minimal4`) in `LD_PRELOAD` for all, the first machine gave "
+        f"{other:.0f} images/s for our training step at commit {preloaded['git_commit'][:7]}, and {others} in the "
+        "first four rows.",
     ]
     parts = [
         _ratios(record, older),

@@ -611,22 +611,26 @@ def test_a_full_queue_says_so(subject, page, client, browser, monkeypatch):
     visit.tab.close()
 
 
-# A drop clears the picture and uploads another: the page is told at one time that the one and the other are done.
+# A drop clears the picture and uploads another. Here the page hears that both are done at one time.
 BOTH_DONE = """
     const real = window.fetch;
-    let uploaded;
+    let answered, pass;
+    const uploaded = new Promise((done) => answered = done), passed = new Promise((done) => pass = done);
     window.fetch = async (input, init) => {
         const answer = await real(input, init), url = String(input.url ?? input);
-        if (url.includes("/upload?")) await new Promise((done) => setTimeout((uploaded = done), 2000)); // if it is last
+        if (url.includes("/upload?")) {
+            answered();
+            await passed;
+        }
         if (!url.includes("/queue/data")) return answer;
         const chunks = answer.body.getReader();
         const body = new ReadableStream({
             async pull(page) {
                 const { done, value } = await chunks.read();
                 if (done) return page.close();
-                if (uploaded && new TextDecoder().decode(value).includes("process_completed")) {
-                    uploaded();
-                    uploaded = null;
+                if (new TextDecoder().decode(value).includes("process_completed")) {
+                    await uploaded;
+                    pass();
                     await new Promise((next) => setTimeout(next));
                 }
                 page.enqueue(value);

@@ -39,7 +39,7 @@ def train(model, optimizer, steps=3):
 
 def test_every_parameter_is_in_one_place():
     model = build()
-    optimizer = MuonWithAdamW(model, lr=1e-3, muon_lr=0.02, weight_decay=0.1)
+    optimizer = MuonWithAdamW(model, lr=1e-3, muon_lr=0.02, weight_decay=0.1, dtype=torch.float32)
     memory = [p.data_ptr() for group in optimizer.param_groups for p in group["params"]]
     assert sorted(memory) == sorted(p.data_ptr() for p in model.parameters())
 
@@ -68,7 +68,7 @@ def test_equals_the_two_optimizers_by_hand(monkeypatch):
         lambda update, *_: orthogonalize(update[None], torch.float32)[0],
     )
     model, twin = build(), build()
-    train(model, MuonWithAdamW(model, lr=1e-3, muon_lr=0.02, weight_decay=0.1))
+    train(model, MuonWithAdamW(model, lr=1e-3, muon_lr=0.02, weight_decay=0.1, dtype=torch.float32))
 
     by_muon, decayed = muon_parameter_names(twin), decayed_parameter_names(twin)
     others = {name: p for name, p in twin.named_parameters() if name not in by_muon}
@@ -129,10 +129,10 @@ def test_orthogonalizes_as_newton_and_schulz_do_step_by_step(shape):
 
 def test_a_loaded_state_goes_on_as_if_unbroken():
     model = build()
-    optimizer = MuonWithAdamW(model, lr=1e-3, muon_lr=0.02, weight_decay=0.1)
+    optimizer = MuonWithAdamW(model, lr=1e-3, muon_lr=0.02, weight_decay=0.1, dtype=torch.float32)
     train(model, optimizer)
     twin = copy.deepcopy(model)
-    resumed = MuonWithAdamW(twin, lr=1.0, muon_lr=1.0, weight_decay=0.0)
+    resumed = MuonWithAdamW(twin, lr=1.0, muon_lr=1.0, weight_decay=0.0, dtype=torch.float32)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     train(model, optimizer)
     train(twin, resumed)
@@ -141,7 +141,7 @@ def test_a_loaded_state_goes_on_as_if_unbroken():
 
 
 def test_a_scheduler_scales_both():
-    optimizer = MuonWithAdamW(build(), lr=1e-3, muon_lr=0.02, weight_decay=0.1)
+    optimizer = MuonWithAdamW(build(), lr=1e-3, muon_lr=0.02, weight_decay=0.1, dtype=torch.float32)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
     optimizer.step()
     scheduler.step()
@@ -150,7 +150,7 @@ def test_a_scheduler_scales_both():
 
 @pytest.mark.parametrize(("name", "words"), [("polynomial", {}), ("cosine_with_min_lr", {"min_lr_rate": 0.1})])
 def test_transformers_schedules_that_ask_for_a_learning_rate_scale_both(name, words):
-    optimizer = MuonWithAdamW(build(), lr=1e-3, muon_lr=0.02, weight_decay=0.1)
+    optimizer = MuonWithAdamW(build(), lr=1e-3, muon_lr=0.02, weight_decay=0.1, dtype=torch.float32)
     scheduler = get_scheduler(name, optimizer, 0, 10, scheduler_specific_kwargs=words)
     for _ in range(5):
         optimizer.step()
@@ -162,10 +162,10 @@ def test_transformers_schedules_that_ask_for_a_learning_rate_scale_both(name, wo
 def test_parameters_whose_memory_moves_are_still_trained():
     """As they do when Trainer prepares a model for several processes."""
     model, twin = build(), build()
-    optimizer = MuonWithAdamW(model, lr=1e-3, muon_lr=0.02, weight_decay=0.1)
+    optimizer = MuonWithAdamW(model, lr=1e-3, muon_lr=0.02, weight_decay=0.1, dtype=torch.float32)
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     train(model, optimizer)
-    train(twin, MuonWithAdamW(twin, lr=1e-3, muon_lr=0.02, weight_decay=0.1))
+    train(twin, MuonWithAdamW(twin, lr=1e-3, muon_lr=0.02, weight_decay=0.1, dtype=torch.float32))
     for name, tensor in twin.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name

@@ -161,7 +161,7 @@ def _show(page: gr.Blocks, subject: Subject) -> None:
 
     # preprocess=False, because gradio decodes the file before any check. source.upload and source.clear, because
     # source.change comes twice for one upload. One concurrency_id, so that what comes first is answered first, and
-    # every event sets the picture too, so that the last one leaves a page of one piece.
+    # every answer sets the picture too, so that the last one leaves a page of one piece.
     options = {
         "preprocess": False,
         "show_progress": "minimal",
@@ -185,17 +185,12 @@ def _show(page: gr.Blocks, subject: Subject) -> None:
                 **options,
             )
         )
-    # A picture dropped on another is a clear and then an upload. The clear's answer leaves the picture alone, or it
-    # takes away the new one if it comes just after it. Only what an earlier answer has put back goes: it has no size.
+    # A picture dropped on another is a clear and then an upload: were the clear's answer to empty the picture too, it
+    # would take away the new one that has just come. What an earlier answer has put back meanwhile goes, in the
+    # browser: of a picture that it has uploaded it knows the size, of one that an answer sets it does not.
     cleared = source.clear(lambda: empty[1:], None, outputs[1:], api_visibility="private", **options)
-    cleared.success(
-        lambda shown: None if shown and not shown.get("size") else gr.skip(),
-        source,
-        source,
-        preprocess=False,
-        queue=False,
-        api_visibility="private",
-    )
+    put_back_goes = "(shown) => shown && !shown.size ? null : { __type__: 'update' }"  # an update of nothing
+    cleared.success(None, source, source, js=put_back_goes, api_visibility="private")
     events.append(cleared)
     for event in list(events):
         # No answer to an earlier picture stays beside one that cannot be read, or that found the queue full.

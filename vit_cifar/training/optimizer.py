@@ -25,21 +25,21 @@ def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """(B, m, n) -> about U Vᵀ of the singular value decomposition of each, float32, by five quintic Newton-Schulz steps
     in `dtype` (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon)."""
     is_tall = matrices.shape[1] > matrices.shape[2]
-    found = matrices.mT if is_tall else matrices
-    found = (found / found.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(dtype)
+    wide = matrices.mT if is_tall else matrices
+    wide = (wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(dtype)
     for _ in range(5):
-        gram = found @ found.mT
+        gram = wide @ wide.mT
         factor = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        found = torch.baddbmm(found, factor, found, beta=3.4445)
-    return (found.mT if is_tall else found).float()
+        wide = torch.baddbmm(wide, factor, wide, beta=3.4445)
+    return (wide.mT if is_tall else wide).float()
 
 
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024, as above), with a Nesterov momentum of 0.95 and decoupled weight decay.
 
-    `torch.optim.Muon` with its defaults, but for three things: that one orthogonalizes in bf16 in place of `dtype`, and
-    on a processor without units for bf16 a step takes some 25 times as long; one matrix after the other, where a GPU
-    waits for the start of each of many small products; and it takes no filters, which here count as matrices
+    `torch.optim.Muon` with its defaults, but for three things: that one orthogonalizes in bf16 whatever the machine,
+    and a processor without units for bf16 takes some 25 times as long as in float32; one matrix after the other, where
+    a GPU waits for the start of each of many small products; and it takes no filters, which here count as matrices
     (out, in * height * width).
     """
 
@@ -81,7 +81,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         lr: float,
         muon_lr: float,
         weight_decay: float,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ):

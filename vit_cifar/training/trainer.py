@@ -75,21 +75,22 @@ class SaveAfterEvaluation(TrainerCallback):
 def freed_memory_kept() -> Iterator[None]:
     """What a training step frees stays with the process for the next one, and goes back to the system in the end.
 
-    glibc's allocator gives it back at once and fetches it anew, page by page, in the next step. With any other
-    allocator nothing changes.
+    glibc's allocator would give it back at once and fetch it anew, page by page, in the next step; of tensors above
+    32 MiB it still does. In the end its thresholds are those that it would raise itself to. With any other allocator
+    nothing changes.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if not hasattr(libc, "mallopt"):
         yield
         return
     trim_threshold, mmap_threshold = -1, -3  # as malloc.h numbers them
-    largest = 32 * 2**20  # bytes: glibc's own limit, where large tensors take it anyway, and trimming to twice that
-    libc.mallopt(mmap_threshold, largest)
-    libc.mallopt(trim_threshold, 2**31 - 1)
+    most = 32 * 2**20  # bytes, up to which glibc raises its mmap threshold, and the other one to twice as many
+    libc.mallopt(mmap_threshold, most)
+    libc.mallopt(trim_threshold, -1)  # never
     try:
         yield
     finally:
-        libc.mallopt(trim_threshold, 2 * largest)
+        libc.mallopt(trim_threshold, 2 * most)
         libc.malloc_trim(0)
 
 
