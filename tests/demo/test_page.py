@@ -1,6 +1,7 @@
 import json
 import re
 import sys
+import time
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -545,7 +546,7 @@ def test_the_tabs_in_a_browser(subject, page, browser, tmp_path, theme, width):
     tab.close()
 
 
-def test_quick_clicks_leave_a_page_of_one_piece(subject, page, browser):
+def test_quick_clicks_leave_a_page_of_one_piece(subject, page, browser, monkeypatch):
     visit = Visit(browser, page.local_url, "light", 1280)
     for name in ("frog", "cat", "ship"):
         visit.tab.get_by_role("button", name=f"{name} icon").click()
@@ -553,6 +554,8 @@ def test_quick_clicks_leave_a_page_of_one_piece(subject, page, browser):
     visit.wait_for_answer(truth(subject, open_image(EXAMPLES / "ship.png"))[0])
     expect(visit.tab.get_by_alt_text(OCCLUSION)).to_be_visible()
 
+    look = Subject.look
+    monkeypatch.setattr(Subject, "look", lambda *choices: time.sleep(1) or look(*choices))
     visit.tab.get_by_role("button", name="frog icon").click()
     visit.tab.get_by_label("Remove Image").click()
     visit.tab.wait_for_selector("#answer h2", state="detached")
