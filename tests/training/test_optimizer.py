@@ -27,6 +27,10 @@ def build() -> ViTCifarForImageClassification:
     )
 
 
+def both(model) -> MuonWithAdamW:
+    return MuonWithAdamW(model, lr=1e-3, muon_lr=0.02, weight_decay=0.1, dtype=torch.float32)
+
+
 def train(model, optimizer, steps=3):
     generator = torch.Generator().manual_seed(1)
     for _ in range(steps):
@@ -39,7 +43,7 @@ def train(model, optimizer, steps=3):
 
 def test_every_parameter_is_in_one_place():
     model = build()
-    optimizer = MuonWithAdamW(model, lr=1e-3, muon_lr=0.02, weight_decay=0.1, dtype=torch.float32)
+    optimizer = both(model)
     memory = [p.data_ptr() for group in optimizer.param_groups for p in group["params"]]
     assert sorted(memory) == sorted(p.data_ptr() for p in model.parameters())
 
@@ -68,7 +72,7 @@ def test_equals_the_two_optimizers_by_hand(monkeypatch):
         lambda update, *_: orthogonalize(update[None], torch.float32)[0],
     )
     model, twin = build(), build()
-    train(model, MuonWithAdamW(model, lr=1e-3, muon_lr=0.02, weight_decay=0.1, dtype=torch.float32))
+    train(model, both(model))
 
     by_muon, decayed = muon_parameter_names(twin), decayed_parameter_names(twin)
     others = {name: p for name, p in twin.named_parameters() if name not in by_muon}
@@ -129,7 +133,7 @@ def test_orthogonalizes_as_newton_and_schulz_do_step_by_step(shape):
 
 def test_a_loaded_state_goes_on_as_if_unbroken():
     model = build()
-    optimizer = MuonWithAdamW(model, lr=1e-3, muon_lr=0.02, weight_decay=0.1, dtype=torch.float32)
+    optimizer = both(model)
     train(model, optimizer)
     twin = copy.deepcopy(model)
     resumed = MuonWithAdamW(twin, lr=1.0, muon_lr=1.0, weight_decay=0.0, dtype=torch.float32)
@@ -141,7 +145,7 @@ def test_a_loaded_state_goes_on_as_if_unbroken():
 
 
 def test_a_scheduler_scales_both():
-    optimizer = MuonWithAdamW(build(), lr=1e-3, muon_lr=0.02, weight_decay=0.1, dtype=torch.float32)
+    optimizer = both(build())
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
     optimizer.step()
     scheduler.step()
@@ -150,7 +154,7 @@ def test_a_scheduler_scales_both():
 
 @pytest.mark.parametrize(("name", "words"), [("polynomial", {}), ("cosine_with_min_lr", {"min_lr_rate": 0.1})])
 def test_transformers_schedules_that_ask_for_a_learning_rate_scale_both(name, words):
-    optimizer = MuonWithAdamW(build(), lr=1e-3, muon_lr=0.02, weight_decay=0.1, dtype=torch.float32)
+    optimizer = both(build())
     scheduler = get_scheduler(name, optimizer, 0, 10, scheduler_specific_kwargs=words)
     for _ in range(5):
         optimizer.step()
@@ -162,10 +166,10 @@ def test_transformers_schedules_that_ask_for_a_learning_rate_scale_both(name, wo
 def test_parameters_whose_memory_moves_are_still_trained():
     """As they do when Trainer prepares a model for several processes."""
     model, twin = build(), build()
-    optimizer = MuonWithAdamW(model, lr=1e-3, muon_lr=0.02, weight_decay=0.1, dtype=torch.float32)
+    optimizer = both(model)
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     train(model, optimizer)
-    train(twin, MuonWithAdamW(twin, lr=1e-3, muon_lr=0.02, weight_decay=0.1, dtype=torch.float32))
+    train(twin, both(twin))
     for name, tensor in twin.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name

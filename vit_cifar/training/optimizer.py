@@ -37,10 +37,10 @@ def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024, as above), with a Nesterov momentum of 0.95 and decoupled weight decay.
 
-    `torch.optim.Muon` with its defaults, but for three things: that one orthogonalizes in bf16 whatever the machine,
-    and a processor without units for bf16 takes some 25 times as long as in float32; one matrix after the other, where
-    a GPU waits for the start of each of many small products; and it takes no filters, which here count as matrices
-    (out, in * height * width).
+    `torch.optim.Muon` with its defaults, but for three things: that one orthogonalizes in bf16 always and not in
+    `dtype`, though a processor without units for bf16 takes some 25 times as long as in float32; one matrix after the
+    other, where a GPU waits for the start of each of many small products; and it takes no filters, which here count as
+    matrices (out, in * height * width).
     """
 
     momentum = 0.95
