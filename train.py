@@ -25,7 +25,7 @@ from vit_cifar.training.trainer import ViTCifarTrainer, describe_parameters, fin
 
 def main(argv: list[str]) -> None:
     recipe, args, parser = parse_arguments(argv)
-    commit = records.git_commit(__file__)  # before training: a checkout may move on meanwhile
+    commit = records.git_commit(records.__file__)  # before training: a checkout may move on meanwhile
     try:
         checkpoint, resumed_from_step = find_checkpoint(args)
         start_folder = local_folder(recipe.model_name_or_path) if recipe.model_name_or_path else None

@@ -53,8 +53,8 @@ def page() -> Iterator[Client]:
                 sleep(0.05)
         yield Client(f"http://127.0.0.1:{port}", verbose=False, download_files=False)
     finally:
-        app.kill()
-        app.wait()
+        app.terminate()  # which lets it delete its cache
+        app.wait(60)
 
 
 def measure() -> dict:

@@ -1,6 +1,7 @@
 """Runs the small steps that the recipes were found by and fills recipes.md from them.
 
-python docs/recipes.py DATASET [OUTPUT_FOLDER]   # runs what recipes.json lacks, two at a time, one core each
+python docs/recipes.py DATASET [OUTPUT_FOLDER]   # runs what recipes.json lacks, two at a time, one core each; DATASET
+                                                 # is cifar10-jpeg-q75, which the records name
 python docs/recipes.py                           # only fills recipes.md
 """
 
@@ -49,7 +50,7 @@ STEPS = {
     "the same, seed 2": ["--seed", "2"],
     "AdamW for everything": ["--optimizer", "trainer"],
     "one 4×4 convolution in place of the stem": [
-        *("--config_overrides", "patch_embedding=conv", "--whiten_first_convolution", "false")
+        *("--config_overrides", "patch_embedding=conv,stem_widths=null", "--whiten_first_convolution", "false")
     ],
     "first filters random": ["--whiten_first_convolution", "false"],
     "3 layers with an MLP of 288, as nano": ["--config_overrides", "num_hidden_layers=3,intermediate_size=288"],

@@ -105,11 +105,12 @@ def speed() -> str:
         'transformers\' ViT is this choice: `attn_implementation="eager"` gives it to theirs too.',
         f"At {_product_rate(record)} {_shares(record)}",
         f"At {_product_rate(older)} {_shares(older)}",
-        "glibc's allocator gives freed memory back and fetches it anew in each step. `train.py` keeps it, which the "
-        "others do not, since a commit later than that of the first machine's figures. Without that, but with "
-        "tcmalloc's library (Debian's `libtcmalloc-minimal4`) in `LD_PRELOAD` for all, the first machine gave "
-        f"{other:.0f} images/s for our training step at commit {preloaded['git_commit'][:7]}, and {others} in the "
-        "first four rows.",
+        "glibc's allocator gives freed memory back and fetches it anew in each step; `train.py` keeps it, which the "
+        f"others do not. The figures at {_product_rate(older)} were measured with this, those at "
+        f"{_product_rate(record)} are older and without it.",
+        "Another allocator is an option: with tcmalloc's library (Debian's `libtcmalloc-minimal4`) in `LD_PRELOAD` for "
+        f"all, and without the above, the machine of {_product_rate(record)} gave {other:.0f} images/s for our "
+        f"training step at commit {preloaded['git_commit'][:7]}, and {others} in the first four rows.",
     ]
     parts = [
         _ratios(record, older),
@@ -207,7 +208,8 @@ def main() -> None:
     security.write_text(fill_security(security.read_text()))
     for folder in BUNDLED_MODELS.iterdir():
         model_card(folder, f"your-name/{folder.name}").save(folder / CARD_NAME)
-        card_picture(folder, read_examination(folder)).savefig(folder / PICTURE_NAME, dpi=110)
+        if examination := read_examination(folder):
+            card_picture(folder, examination).savefig(folder / PICTURE_NAME, dpi=110)
 
 
 if __name__ == "__main__":

@@ -92,14 +92,15 @@ def test_examine_leaves_its_record_beside_the_weights(smoke_folder, tmp_path):
     load_model(str(folder))  # its checksums are those of the new files
 
 
-@pytest.mark.parametrize("images_held_out", [True, False])
-def test_examine_refuses_what_it_cannot_tell_of(smoke_folder, images_held_out, tmp_path):
-    """On another dataset than the record's, or without held-out images, no image is known to be new to the model."""
+@pytest.mark.parametrize("why", ["validation", "test", "none held out"])
+def test_examine_refuses_what_it_cannot_tell_of(smoke_folder, why, tmp_path):
+    """On another dataset than the record's, or one in another order, or without held-out images, no image is known to
+    be new to the model."""
     folder = copy_to_change(smoke_folder, tmp_path / "model")
     record = read_record(folder)
-    if images_held_out:
-        record["test_accuracy"] += 0.1
-        message = "dataset_name: expected the dataset of the record's test accuracy"
+    if why != "none held out":
+        record[f"{why}_accuracy"] += 0.1
+        message = f"dataset_name: expected the dataset of the record's {why} accuracy"
     else:
         record["arguments"]["validation_size"] = 0
         message = "record: expected a training that held images out of train, got validation_size 0"

@@ -119,6 +119,12 @@ def test_no_labels_at_all(tmp_path):
             )
             for widths in ([24, 48, 192], [24, 48, 48, 96], [24, 0, 48, 192], [])
         ],
+        (
+            {"stem_widths": [24, 48, 96, 192]},
+            "stem_widths",
+            "patch_embedding conv_stem",
+            "'conv' and [24, 48, 96, 192]",
+        ),
     ],
 )
 def test_refused_in_one_line_with_field_expected_and_got(fields, field, expected, got):

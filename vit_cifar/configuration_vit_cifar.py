@@ -36,7 +36,7 @@ class ViTCifarConfig(PreTrainedConfig):
             Probability of skipping a residual branch in the last layer, rising linearly from 0 in the first one
             (Huang et al. 2016, arXiv:1603.09382).
         patch_drop_rate (`float`, defaults to 0.0):
-            Share of patch tokens left out of each training image (Liu et al. 2023, arXiv:2212.00794). Never in eval.
+            Share of patch tokens left out of each training image (Liu et al. 2023, arXiv:2208.07220). Never in eval.
         embedding_initializer_range (`float`, defaults to 0.02):
             Standard deviation of the class token and of learned positions at the start.
 
@@ -101,12 +101,12 @@ class ViTCifarConfig(PreTrainedConfig):
         elif self.problem_type == "single_label_classification" and num_labels == 1 and loaded:
             self.problem_type = None  # a classifier reloaded with one output: transformers makes that a regression
         super().__post_init__(**kwargs)
-        if self.id2label is not None and sorted(self.id2label) != list(range(len(self.id2label))):
+        if sorted(self.id2label) != list(range(len(self.id2label))):
             got = ", ".join(map(str, self.id2label))
             raise ValueError(
                 f"id2label: expected the keys 0 to {len(self.id2label) - 1}, one for each class, got {got}"
             )
-        if self.label2id is None and self.id2label is not None:
+        if self.label2id is None:
             self.label2id = {name: index for index, name in self.id2label.items()}
         self.validate_architecture()  # here as well as by @strict, which would wrap the one line into two
 
@@ -168,6 +168,11 @@ class ViTCifarConfig(PreTrainedConfig):
                     f"stem_widths: expected at least {least} positive numbers for patch_size {self.patch_size}, the "
                     f"last of them hidden_size {self.hidden_size}, got {widths}"
                 )
+        elif self.stem_widths is not None:
+            raise ValueError(
+                f"stem_widths: expected patch_embedding conv_stem with it, got {self.patch_embedding!r} and "
+                f"{self.stem_widths}"
+            )
 
 
 __all__ = ["CIFAR10_CLASSES", "ViTCifarConfig"]

@@ -7,7 +7,7 @@ Ancestors: "An Image is Worth 16x16 Words" (Dosovitskiy et al. 2021, arXiv:2010.
 `models/vit/modeling_vit.py`, whose module names are kept; the pre-norm block of "Attention Is All You Need" as in
 nanoGPT; the convolutional stem of "Early Convolutions Help Transformers See Better" (Xiao et al. 2021,
 arXiv:2106.14881) and CCT (Hassani et al. 2021, arXiv:2104.05704); stochastic depth (Huang et al. 2016,
-arXiv:1603.09382); patch dropping (Liu et al. 2023, arXiv:2212.00794).
+arXiv:1603.09382); patch dropping (Liu et al. 2023, arXiv:2208.07220).
 
 Letters in shape comments: B batch, C channels, H and W image height and width, P patch size, h = H / P and w = W / P
 the grid, N tokens (class token + patches), D hidden size, A heads, K = D / A width of a head.

@@ -1,5 +1,7 @@
 import json
 import re
+import signal
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -401,7 +403,7 @@ class Visit:
         expect(bar).to_have_text(re.compile(rf"^\s*{name}\s*{round(100 * probabilities[name])}%\s*$"))
 
 
-SEEN, CLASSIC = "Your picture, shrunk", "Your picture, dark where the model attends little"
+SEEN, CLASSIC = "Your picture, resized", "Your picture, dark where the model attends little"
 GRADIENT = "Your picture under a colour map of gradient rollout"
 OCCLUSION = "Your picture under a colour map of occlusion"
 VIEWS = pytest.mark.parametrize(
@@ -572,6 +574,23 @@ def test_quick_clicks_leave_a_page_of_one_piece(subject, page, browser, monkeypa
     visit.tab.close()
 
 
+def test_a_patch_that_is_clicked_while_a_picture_comes_is_not_hidden_in_it(subject, page, browser, monkeypatch):
+    visit = Visit(browser, page.local_url, "light", 1280)
+    visit.tab.get_by_role("tab", name="Hide patches").click()
+    box = visit.tab.get_by_label("row 1, column 1", exact=True)
+    expect(box).to_be_enabled()
+    look = Subject.look
+    monkeypatch.setattr(Subject, "look", lambda *choices: time.sleep(1) or look(*choices))
+    visit.tab.get_by_role("button", name="frog icon").click()
+    visit.tab.locator("#cells label").first.click()
+    visit.wait_for_answer(truth(subject, open_image(EXAMPLES / "frog.png"))[0])
+    visit.tab.wait_for_timeout(1000)  # the click's own answer comes after that of the picture
+    expect(box).not_to_be_checked()
+    expect(visit.tab.get_by_text("0 of 64 patches hidden")).to_be_visible()
+    assert visit.trouble == []
+    visit.tab.close()
+
+
 def test_the_picker_in_a_browser(page, browser):
     visit = Visit(browser, page.local_url, "light", 1280)
     visit.tab.get_by_role("link", name="the-second").click()
@@ -701,3 +720,15 @@ def test_app_serves_the_model_of_the_flag_to_this_machine_alone_and_leaves_nothi
     assert tiny_model_folder.name in config["title"], json.dumps(config["title"])
     assert listening and set(listening) == {"127.0.0.1"}
     assert not any(cache.glob("vit-cifar-*")) and (cache / "another program's").exists()
+
+
+@pytest.mark.parametrize("prefix", [[], ["nohup"]])
+def test_app_ends_with_its_terminal_unless_told_not_to(tiny_model_folder, tmp_path, prefix):
+    with served(tmp_path, *prefix, sys.executable, ROOT / "app.py", "--model", tiny_model_folder) as (app, _):
+        app.send_signal(signal.SIGHUP)
+        try:
+            app.wait(3 if prefix else PATIENCE)
+        except subprocess.TimeoutExpired:
+            assert prefix
+        else:
+            assert not prefix

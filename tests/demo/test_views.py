@@ -86,13 +86,19 @@ def test_pictures_say_what_they_show(subject, pixel_values, tmp_path):
 @pytest.mark.parametrize(("difference", "sure"), [(0.1, True), (0.0, True), (-0.01, False), (-0.2, False)])
 @pytest.mark.parametrize("examined", [True, False])
 def test_the_word_is_stronger_when_the_answer_is_weak(subject, difference, sure, examined):
-    bound = subject.examination.record["doubtful_below"] if examined else 0.5
+    bound = subject.examination.record["doubtful_below"] if examined else 0.55  # halfway from 1 / 10 to 1
     subject = subject if examined else replace(subject, examination=None)
     highest = bound + difference
     chances = {"cat": highest} | {str(n): (1 - highest) / 9 for n in range(9)}
     said = views.caution(subject, chances)
     assert "forced into one of its 10 classes" in said
     assert ("not sure" in said) == (not sure) and (f"{highest:.0%}" in said) == (not sure)
+
+
+def test_an_unsure_answer_of_two_classes_is_called_so(subject):
+    subject = replace(subject, examination=None)
+    assert "not sure" in views.caution(subject, {"animal": 0.51, "vehicle": 0.49})
+    assert "not sure" not in views.caution(subject, {"animal": 0.9, "vehicle": 0.1})
 
 
 class Cells(HTMLParser):

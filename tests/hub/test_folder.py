@@ -35,3 +35,9 @@ def test_nothing_is_there_after_an_error(tmp_path):
         (folder / "file").write_text("half")
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_folder_is_filled_from_within(tmp_path):
+    """It may be a file system of its own, below a folder that cannot be written."""
+    with new_folder(tmp_path) as folder:
+        assert tmp_path in folder.parents

@@ -68,8 +68,26 @@ def test_number_format_is_the_machines_and_can_be_overridden(tmp_path, monkeypat
     assert not parse("--recipe", "tutorial_pe", "--output_dir", tmp_path)[1].bf16  # float32, as the tutorial
     (tmp_path / "half.yaml").write_text("fp16: true\n")
     for words in (("--recipe", tmp_path / "half.yaml"), ("--recipe", "tutorial_pe", "--fp16")):
-        args = parse(*words, "--output_dir", tmp_path)[1]
-        assert args.fp16 and not args.bf16
+        with monkeypatch.context() as a_gpu:
+            a_gpu.setattr(TrainingArguments, "device", torch.device("cuda"))
+            args = parse(*words, "--output_dir", tmp_path)[1]
+        assert args.fp16 and not args.bf16 and args.mixed_precision == "fp16"
+
+
+@pytest.mark.parametrize(("flag", "format"), [("true", "bf16"), ("false", "no")])
+def test_the_number_format_is_not_that_of_accelerates_configuration(tmp_path, monkeypatch, flag, format):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")  # as `accelerate launch` sets it
+    args = parse("--recipe", "nano", "--bf16", flag, "--output_dir", tmp_path)[1]
+    assert args.mixed_precision == format
+
+
+@pytest.mark.parametrize(
+    ("recipe", "metric", "greater"),
+    [("nano", "accuracy", True), ("nano", "loss", False), ("tutorial_pe", "accuracy", True)],
+)
+def test_the_best_epoch_is_the_best_by_its_metric(tmp_path, recipe, metric, greater):
+    args = parse("--recipe", recipe, "--metric_for_best_model", metric, "--output_dir", tmp_path)[1]
+    assert args.greater_is_better == greater
 
 
 def test_with_use_cpu_the_processor_chooses_the_number_format_not_the_gpu(monkeypatch):
@@ -124,6 +142,7 @@ def test_tutorial_recipes_are_the_tutorials(tmp_path):
         (["--recipe", "nano"], "the following arguments are required: --output_dir"),
         (["--recipe", "nanu", "--output_dir", "x"], "recipe: expected one of finetune, nano, .* got 'nanu'"),
         (["--recipe", "nano", "--output_dir", "x", "--push_to_hub"], "push_to_hub: .*`vit-cifar publish`"),
+        (["--recipe", "nano", "--output_dir", "x", "--hub_token", "secret"], "hub_token: expected none, .* got one$"),
         (
             ["--recipe", "nano", "--output_dir", "x", "--config_overrides", "64"],
             "config_overrides: expected field=value",
@@ -155,6 +174,10 @@ def test_tutorial_recipes_are_the_tutorials(tmp_path):
         (
             ["--recipe", "nano", "--output_dir", "x", "--bf16", "0", "--fp16"],
             "optimizer: expected bf16 or float32 for muon",
+        ),
+        (
+            ["--recipe", "tutorial_pe", "--output_dir", "x", "--fp16", "--use_cpu"],
+            "fp16: expected a GPU with it, got a CPU",
         ),
         (["--recipe", "nano", "--output_dir", "x", "--nonsense", "1"], ".*--nonsense"),
         (

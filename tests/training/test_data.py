@@ -255,6 +255,12 @@ def test_columns_splits_and_datasets_that_are_not_there(tmp_path):
     assert len(load_split(folder, "train", image_column="other")) == 1
 
 
+def test_whole_numbers_that_count_no_classes_are_refused(tmp_path):
+    folder = folder_of(tmp_path, [picture(1), picture(2)], [0, 1_700_000_000], datasets.Value("int64"))
+    with pytest.raises(DataError, match="label_column: expected class numbers below 100,000 in 'label', got 17"):
+        load_split(folder, "train", label_column="label")
+
+
 @pytest.mark.parametrize(("feature", "labels"), [(datasets.Value("bool"), [True, False]), (datasets.Image(), None)])
 def test_labels_that_are_no_numbers_are_named(tmp_path, feature, labels):
     images = [picture(1), picture(2)]

@@ -53,9 +53,10 @@ def serve(model: str | None) -> None:
     # machine that does something else as well.
     torch.set_num_threads(1)
     subjects = load_subjects(model)
-    for name in ("SIGTERM", "SIGHUP"):  # or the cache would stay; Windows has no SIGHUP
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.default_int_handler)
+    for name in ("SIGTERM", "SIGHUP"):  # or the cache would stay; Windows has no SIGHUP, and `nohup` wants none
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
     no_downloads()
     with own_cache() as folder:
         page = build_page(subjects)
@@ -94,7 +95,7 @@ def _show(page: gr.Blocks, subject: Subject) -> None:
 
     gr.Markdown(
         f"# {_title(subject)}\n"
-        f"A Vision Transformer with {subject.model.num_parameters() / 1e6:.2g} million parameters. It shrinks your "
+        f"A Vision Transformer with {subject.model.num_parameters() / 1e6:.2g} million parameters. It resizes your "
         f"picture to {config.image_size} by {config.image_size} pixels, cuts it into {rows * columns} patches, and "
         f"sorts it into one of {config.num_labels} classes."
     )
@@ -110,7 +111,7 @@ def _show(page: gr.Blocks, subject: Subject) -> None:
         pixels = gr.Image(
             seen_picture(subject, start.pixel_values, chances),
             label="What it sees",
-            alt_text="Your picture, shrunk",
+            alt_text="Your picture, resized",
             elem_id="seen",
             **tabs.SQUARE,
         )

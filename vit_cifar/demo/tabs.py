@@ -17,6 +17,7 @@ from .views import Subject
 
 PICTURE = {"elem_classes": "picture", "format": "png", "interactive": False, "buttons": ["download"]}
 SQUARE = PICTURE | {"elem_classes": ["picture", "square"]}
+MOST_IN_TABLE = 20  # classes: the numbers of more could be neither read nor clicked
 QUICK = [name for name in METHODS if name != "occlusion"]  # occlusion asks the model once for each patch
 
 
@@ -102,7 +103,8 @@ def methods(subject: Subject, state: gr.State, start: Look) -> Maps:
                 "Each map has a colour scale of its own: mind the numbers below it. Entropy is how evenly the map is "
                 "spread over the patches; “class token to itself” is what it keeps for itself.\n\n"
                 f"{views.score_words(subject)}\n\n"
-                "A map shows what the answer was made from. It is not a reason."
+                "Attention says where the class token read, and occlusion what changed when a patch went. Neither is a "
+                "reason."
             )
 
     options = {"show_progress": "minimal", "trigger_mode": "always_last", "concurrency_id": "picture"}
@@ -192,7 +194,9 @@ def hide_patches(subject: Subject, state: gr.State, start: Look) -> Tab:
 
     shown = [answer, board, said]
     options = {"show_progress": "hidden", "trigger_mode": "always_last", "concurrency_id": "picture"}
-    cells.input(hide, [state, cells], shown, api_name="hide", **options)
+    hid = cells.input(hide, [state, cells], shown, api_name="hide", **options)
+    # A picture that was on its way when the box was clicked has emptied the boxes: what is shown follows them.
+    hid.success(hide, [state, cells], shown, api_visibility="private", **options)
     one_more.click(hide_next, [state, cells], [cells, *shown], api_visibility="private", **options)
     none.click(show_all, state, [cells, *shown], api_visibility="private", **options)
     return Tab(
@@ -221,15 +225,17 @@ def mistakes(subject: Subject) -> None:
 
         label, answer = views.commonest_mistake(examination)
         pictures, words = show(label, answer)
+        has_table = len(classes) <= MOST_IN_TABLE
+        how = "A row for each class, a column for each answer: **click a number, or choose, to see its images.**"
         gr.Markdown(
             f"{record['test_accuracy']:.2%} of {record['images']['test']:,} test images are right. "
-            "A row for each class, a column for each answer: **click a number, or choose, to see its images.**"
+            f"{how if has_table else '**Choose a class and an answer to see its images.**'}"
         )
         with gr.Row():
             label = gr.Dropdown(classes, value=label, label="Images of", min_width=120)
             answer = gr.Dropdown(classes, value=answer, label="Answered", min_width=120)
         table = gr.HTML(
-            views.confusion_table(examination),
+            views.confusion_table(examination) if has_table else "",
             js_on_load="""element.addEventListener("click", (event) => {
                 const cell = event.target.closest("button");
                 if (cell) trigger("click", {label: cell.dataset.label, answer: cell.dataset.answer});

@@ -143,15 +143,16 @@ def seen_picture(subject: Subject, pixel_values: torch.Tensor, chances: dict[str
 
 
 def caution(subject: Subject, chances: dict[str, float]) -> str:
-    """The plain word beside an answer, as Markdown; stronger below the confidence under which half were wrong."""
+    """The plain word beside an answer, as Markdown; stronger below the confidence under which at least
+    half were wrong."""
     always = f"It cannot say “none of these”: any picture is forced into one of its {len(chances)} classes."
     highest, examination = max(chances.values()), subject.examination
-    limit = examination.record["doubtful_below"] if examination else 0.5
+    # Without an examination, halfway between chance and certainty.
+    limit = examination.record["doubtful_below"] if examination else (1 + 1 / len(chances)) / 2
     if highest >= limit:
         return always
-    half = (
-        f"Of the held-out images that it answered with less than {limit:.0%}, half were wrong. " if examination else ""
-    )
+    half = f"Of the held-out images that it answered with less than {limit:.0%}, at least half were wrong. "
+    half = half if examination else ""
     return f"**It is not sure: {highest:.0%}.** {half}Perhaps your picture shows none of its classes. {always}"
 
 
@@ -295,9 +296,7 @@ def mistakes(subject: Subject, label: str, answer: str) -> tuple[list[tuple[Imag
     if not found:
         return [], f"No test image {what}."
     kept = f", {len(found)} of them shown" if count > len(found) else ""
-    said = (
-        f"{count} test images {what}{kept}: as the model sees each, and what the answer came from (gradient rollout)."
-    )
+    said = f"{count} test images {what}{kept}: as the model sees each, and under the answer's gradient rollout."
     shown = rows.select([row for _, row in found])
     pixel_values = subject.pixels([image.convert("RGB") for image in shown["image"]])
     seen = subject.look(pixel_values, subject.classes[pair[1]])  # what the examination calls it may be an older name

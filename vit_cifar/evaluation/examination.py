@@ -63,25 +63,27 @@ def examine(
     validation_set: ImageDataset,
     test_set: ImageDataset,
     images: int = 500,
-    stated: float | None = None,
+    stated: tuple[float, float] | None = None,
 ) -> Examination:
     """Numbers of a trained model beyond its accuracy.
 
     Args:
         validation_set: held out of training; the temperature is fitted on it.
         images: how many of the test split the maps are tried on, drawn with seed 0.
-        stated: the test accuracy of the model's record, if there is one.
+        stated: the validation and the test accuracy of the model's record, if there is one.
 
     Raises:
-        RecordError: the test accuracy is not the stated one, so that it is another dataset.
+        RecordError: the accuracies are not the stated ones, so that it is another dataset or order of its images.
         DataError: a dataset's classes are not those of the model.
     """
     validation, test = (evaluate(model, processor, dataset) for dataset in (validation_set, test_set))
-    if stated is not None and abs(stated - test.accuracy) > records.accuracy_tolerance(len(test_set)):
-        raise records.RecordError(
-            f"dataset_name: expected the dataset of the record's test accuracy, {stated:.2%}, got one with "
-            f"{test.accuracy:.2%}: what was held out of training cannot be told there"
-        )
+    # The second is the same whatever the order of the images; the first is not, as other ones are held out then.
+    for split, found, expected in zip(("validation", "test"), (validation, test), stated or (), strict=False):
+        if abs(expected - found.accuracy) > records.accuracy_tolerance(len(found.logits)):
+            raise records.RecordError(
+                f"dataset_name: expected the dataset of the record's {split} accuracy, {expected:.2%}, got one with "
+                f"{found.accuracy:.2%}: what was held out of training cannot be told there"
+            )
     temperature = fit_temperature(validation.logits, validation_set.labels)
     calibration = {}
     for name, logits in (("as trained", test.logits), ("with temperature", test.logits / temperature)):
@@ -114,7 +116,7 @@ def examine_folder(folder: Path, dataset_name: str | None, images: int) -> Exami
 
     Raises:
         RecordError: the folder has no training record, or one of other weights or of a training that held no images
-            out; or the test accuracy is not the record's, so that it is another dataset.
+            out; or the accuracies are not the record's, so that it is another dataset or order of its images.
         ModelError, DataError: the model or the dataset cannot be used.
     """
     feature_ablation()  # minutes before it is needed
@@ -131,7 +133,8 @@ def examine_folder(folder: Path, dataset_name: str | None, images: int) -> Exami
     except DataError as error:
         raise DataError(f"{error} (--dataset_name names the dataset that the model was trained on)") from error
     _, validation_set = split_off_validation(train_set, arguments["validation_size"], arguments["validation_seed"])
-    examination = examine(model, processor, validation_set, test_set, images, record["test_accuracy"])
+    stated = (record["validation_accuracy"], record["test_accuracy"])
+    examination = examine(model, processor, validation_set, test_set, images, stated)
     same = test_set.fingerprint == record["dataset"]["fingerprints"]["test"]  # a local folder has no name of its own
     name = record["dataset"]["name"] if same else records.public_name(dataset_name)
     command = [

@@ -1,7 +1,7 @@
 """Attention tensors -> maps over the image. Pure functions on tensors; letters as in the model file."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -46,7 +46,7 @@ def cls_map(
     head: int | Fusion = "mean",
     grid: tuple[int, int] | None = None,
 ) -> AttentionMap:
-    """How much the class token attends to each patch (Dosovitskiy et al. 2021, figure 6; DINO, arXiv:2104.14294).
+    """How much the class token attends to each patch (as in DINO, Caron et al. 2021, arXiv:2104.14294).
 
     Args:
         attentions: one (B, A, N, N) map per layer, as `output_attentions=True` gives them; token 0 is the class token.
@@ -77,11 +77,11 @@ def rollout(
     grid: tuple[int, int] | None = None,
 ) -> AttentionMap:
     """How much of each patch reaches the class token through all layers, each half attention, half residual
-    connection (Abnar and Zuidema 2020, arXiv:2005.00928, section 3).
+    connection (Abnar and Zuidema 2020, arXiv:2005.00928, section 3; Dosovitskiy et al. 2021, figure 6).
 
     Args:
         attentions, grid: as for `cls_map`.
-        fusion: how the heads of a layer become one.
+        fusion: how the heads of a layer become one; the paper's is the mean.
         discard_ratio: this share of each layer's entries, the smallest, count as 0: less noise, not the paper's.
 
     Returns: (B, h, w). Each image's numbers and `to_itself` add up to 1.
@@ -126,7 +126,8 @@ def gradient_rollout(
     result = torch.eye(attentions[0].shape[-1]).to(attentions[0]).expand(len(attentions[0]), -1, -1)
     for attention, gradient in zip(attentions, gradients, strict=True):
         result = result + (gradient * attention).clamp_min(0).mean(dim=1) @ result  # (B, N, N)
-    return _on_grid(result[:, 0], grid)
+    # The class token's own number starts at the identity's 1 and is no share beside the others.
+    return replace(_on_grid(result[:, 0], grid), to_itself=None)
 
 
 def _check(attentions: Sequence[torch.Tensor]) -> None:

@@ -146,7 +146,8 @@ class Curves:
 def deletion_insertion(
     model: ViTCifarForImageClassification, pixel_values: torch.Tensor, classes: torch.Tensor, values: torch.Tensor
 ) -> Curves:
-    """Deletion and insertion (Petsiuk et al. 2018, arXiv:1806.07421, section 4.1), whole patches at a time.
+    """Deletion and insertion (Petsiuk et al. 2018, arXiv:1806.07421, section 4.1), whole patches at a time; what is
+    gone has the mean colour in both, where theirs inserts into a blurred image.
 
     Args:
         pixel_values: (B, C, H, W), normalised. classes: (B,). values: (B, h, w), a map of each image.

@@ -56,7 +56,7 @@ class Explanation:
         numbers = {
             "minimum": f"{found.minimum.item():.4g}",
             "maximum": f"{found.maximum.item():.4g}",
-            "entropy": f"{found.entropy.item():.2f} of {most:g} bits",
+            "entropy": f"{found.entropy.item():.2f} of {most:.3g} bits",
         }
         if found.to_itself is not None:
             numbers["class token to itself"] = f"{found.to_itself.item():.4g}"

@@ -28,7 +28,9 @@ def new_folder(output: str | Path | None) -> Iterator[Path]:
         raise FolderError(f"output: expected a new or an empty folder, got {output}, which is there already")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.")
+        # Beside it, or inside a folder that is there, which may be a file system of its own: what is made is moved.
+        beside = place if place.exists() else place.parent
+        scratch = tempfile.TemporaryDirectory(dir=beside, prefix=f".{place.name}.")
     except OSError as error:
         raise FolderError(f"output: expected a folder that can be written, got {output}: {error}") from error
     with scratch:

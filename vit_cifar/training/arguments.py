@@ -175,6 +175,8 @@ def parse_arguments(argv: list[str]) -> tuple[RecipeArguments, TrainingArguments
     except (ValueError, TypeError, ImportError) as error:
         parser.error(" ".join(str(error).split()))
     _check(recipe_args, training_args, known.keys(), parser)
+    # Otherwise `accelerate launch` decides by its own configuration, and the record names another number format.
+    training_args.mixed_precision = "bf16" if training_args.bf16 else "fp16" if training_args.fp16 else "no"
     return recipe_args, training_args, parser
 
 
@@ -211,6 +213,8 @@ def _check(
         parser.error(f"optim: expected --optimizer trainer with it, got {recipe_args.optimizer}")
     if recipe_args.optimizer == "muon" and training_args.fp16:
         parser.error("optimizer: expected bf16 or float32 for muon, got fp16")  # its loss scaler is untried with it
+    if training_args.fp16 and training_args.device.type == "cpu":  # accelerate would train in float32 without a word
+        parser.error("fp16: expected a GPU with it, got a CPU, which has bf16 or float32")
     if recipe_args.recipe == "finetune" and recipe_args.model_name_or_path is None:
         parser.error("model_name_or_path: expected a model folder or a Hub id with the recipe finetune, got none")
     if recipe_args.freeze_body and recipe_args.model_name_or_path is None:
@@ -221,6 +225,8 @@ def _check(
         parser.error("whiten_first_convolution: expected a model with random weights, got --model_name_or_path")
     if training_args.push_to_hub:
         parser.error("push_to_hub: training never publishes; publish a trained folder with `vit-cifar publish`")
+    if training_args.hub_token:  # the record, which is published, says the command
+        parser.error("hub_token: expected none, as training never publishes and its record names its command, got one")
 
 
 def recipe_names() -> list[str]:

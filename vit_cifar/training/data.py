@@ -33,6 +33,7 @@ CIFAR10_STD = [0.2023, 0.1994, 0.2010]
 SAMPLE_NAME = "sample"
 SAMPLE_FOLDER = Path(__file__).parents[1] / "demo" / "assets" / "sample"
 CACHE_FORMAT = "3"  # part of the cache's key: raise it when what is stored changes
+MOST_CLASSES = 100_000  # ImageNet-21k has 21,841
 
 
 class DataError(UserError):
@@ -250,7 +251,9 @@ def _classes(splits: datasets.DatasetDict, column: str) -> list[str]:
     labels = [label for label in labels if label is not None]
     if not labels:
         raise DataError(f"label_column: expected class labels or whole numbers in {column!r}, got none")
-    return [str(index) for index in range(max(labels) + 1)]
+    if (last := max(labels)) >= MOST_CLASSES:  # times or hashes, of which a list would fill the memory
+        raise DataError(f"label_column: expected class numbers below {MOST_CLASSES:,} in {column!r}, got {last}")
+    return [str(index) for index in range(last + 1)]
 
 
 def _labels(rows: datasets.Dataset, column: str, split: str, classes: list[str]) -> torch.Tensor:

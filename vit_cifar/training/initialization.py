@@ -31,17 +31,18 @@ def load_start(
     if named := {"id2label", "label2id", "num_labels"} & set(recipe.model):
         raise ValueError(f"config fields: expected the classes to be the data's, got {', '.join(sorted(named))}")
     if folder is None:
-        config = ViTCifarConfig(**recipe.model)
-        if config.num_channels != 3:
-            raise ValueError(f"num_channels: expected 3, as images are decoded to RGB, got {config.num_channels}")
-        return None, image_processor(config.image_size)
-    if others := [name for name in recipe.model if name not in ADAPTABLE]:
+        pretrained, config, normalization = None, ViTCifarConfig(**recipe.model), ()
+    elif others := [name for name in recipe.model if name not in ADAPTABLE]:
         raise ValueError(
             f"config_overrides: expected {', '.join(ADAPTABLE)} with --model_name_or_path, got {', '.join(others)}"
         )
-    pretrained, processor = load_model(str(folder))
-    size = ViTCifarConfig.from_dict(pretrained.config.to_dict() | recipe.model).image_size
-    return pretrained, image_processor(size, processor.image_mean, processor.image_std)
+    else:
+        pretrained, processor = load_model(str(folder))
+        config = ViTCifarConfig.from_dict(pretrained.config.to_dict() | recipe.model)
+        normalization = processor.image_mean, processor.image_std
+    if config.num_channels != 3:
+        raise ValueError(f"num_channels: expected 3, as images are decoded to RGB, got {config.num_channels}")
+    return pretrained, image_processor(config.image_size, *normalization)
 
 
 def initial_model(
