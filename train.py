@@ -139,3 +139,6 @@ if __name__ == "__main__":
     except (UserError, OSError, SafetensorError) as error:  # the last two: a full disk, as a rule
         print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("train.py: stopped; --resume_from_checkpoint goes on from the newest checkpoint, if any", file=sys.stderr)
+        sys.exit(130)  # as a shell says it

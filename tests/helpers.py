@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic, sleep
+from typing import IO
 
 import pytest
 from playwright.sync_api import Page, sync_playwright
@@ -42,14 +43,14 @@ def run(*command: object, cwd: Path = ROOT, **environment: str) -> subprocess.Co
     )
 
 
-def start(*command: object, **environment: str) -> subprocess.Popen:
-    """The same, but not waited for, and its output is not kept."""
+def start(*command: object, errors: IO | int = subprocess.DEVNULL, **environment: str) -> subprocess.Popen:
+    """The same, but not waited for, and its output is not kept, but for errors in a file."""
     return subprocess.Popen(
         [str(word) for word in command],
         cwd=ROOT,
         env=os.environ | {"HF_HUB_OFFLINE": "1"} | environment,
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=errors,
     )
 
 

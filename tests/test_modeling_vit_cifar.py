@@ -534,6 +534,15 @@ def test_weights_missing_from_a_checkpoint_start_like_those_of_a_new_model():
         assert (norm.running_var == 1).all() and not norm.running_mean.any() and (norm.weight == 1).all()
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_frozen_norms_keep_their_statistics_in_training(frozen):
+    """An adapter's file, such as LoRA's, holds none: what was trained would not be what is loaded."""
+    model = build(patch_embedding="conv_stem").requires_grad_(not frozen).train()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model(images())
+    assert before and all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers()) == frozen
+
+
 # What the model refuses, heads of other sizes, loss
 
 

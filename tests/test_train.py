@@ -194,6 +194,29 @@ def test_wrong_arguments_end_with_one_line_and_write_nothing(tmp_path, arguments
     assert not (tmp_path / "run").exists()
 
 
+def test_a_file_in_the_place_of_the_folder_is_refused_before_training(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    refused = train("--recipe", "smoke", "--output_dir", tmp_path / "file")
+    assert refused.returncode == 2 and refused.stdout == ""
+    assert "output_dir: expected a folder that can be written" in refused.stderr.splitlines()[-1]
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_stopped_by_the_user_it_says_how_to_go_on(tmp_path):
+    with (tmp_path / "errors").open("w") as errors:
+        process = start(
+            sys.executable, "train.py", "--recipe", "smoke", "--output_dir", tmp_path / "run", errors=errors
+        )
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "run").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 130
+    said = (tmp_path / "errors").read_text()
+    assert said.splitlines()[-1].startswith("train.py: stopped; --resume_from_checkpoint goes on")
+    assert "Traceback" not in said
+
+
 def test_early_stopping_best_model_and_tensorboard(tmp_path):
     folder = tmp_path / "run"
     finished = train(

@@ -120,6 +120,7 @@ def explain(
 
     files = files_in(images)
     network, processor = load_model(model)
+    network.float()  # in bf16 the small changes that occlusion measures would be rounding
     options = map_options(network.config, method, layer, head, class_name)
     if len(images) == 1 and not images[0].is_dir():
         _check_new_file(output)

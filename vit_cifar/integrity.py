@@ -27,7 +27,7 @@ def write_checksums(folder: str | Path) -> None:
     for path in sorted(folder.glob("[!.]*")):
         if path.is_file() and any(fnmatch(path.name, pattern) for pattern in MODEL_FILES + CHECKPOINT_FILES):
             lines.append(f"{sha256(path)}  {path.name}")
-            with path.open("rb") as file:
+            with path.open("r+b" if os.name == "nt" else "rb") as file:  # Windows flushes only what may be written
                 os.fsync(file.fileno())
     part = folder / f".{SUMS_NAME}.part"
     with part.open("w", newline="\n") as file:

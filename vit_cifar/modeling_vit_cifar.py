@@ -60,6 +60,12 @@ class ViTCifarConvStem(nn.Sequential):
             in_channels = width
         super().__init__(*layers)
 
+    def train(self, mode: bool = True) -> "ViTCifarConvStem":
+        super().train(mode)
+        for norm in (layer for layer in self if hasattr(layer, "running_mean")):
+            norm.train(mode and norm.weight.requires_grad)  # frozen is unchanged: LoRA's files hold no statistics
+        return self
+
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         # Channels last makes the whole training step 1.5 times faster on the CPU.
         return super().forward(pixel_values.contiguous(memory_format=torch.channels_last))
@@ -74,9 +80,7 @@ class ViTCifarPatchEmbeddings(nn.Module):
         if self.kind == "linear":
             self.projection = nn.Linear(config.patch_size**2 * config.num_channels, config.hidden_size)
         elif self.kind == "conv":
-            self.projection = nn.Conv2d(
-                config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
-            )
+            self.projection = nn.Conv2d(config.num_channels, config.hidden_size, self.patch_size, self.patch_size)
         else:
             self.projection = ViTCifarConvStem(config)
 

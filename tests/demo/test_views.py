@@ -3,6 +3,7 @@ import re
 import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,12 +11,13 @@ import torch
 from helpers import copy_to_change
 from PIL import Image
 
+from vit_cifar import cli
 from vit_cifar.demo import views
 from vit_cifar.demo.views import Subject, load_subjects
 from vit_cifar.explain.attention import cls_map
 from vit_cifar.explain.overlay import colour_overlay
 from vit_cifar.explain.perturbation import METHODS
-from vit_cifar.explain.pictures import UNITS
+from vit_cifar.explain.pictures import UNITS, explain_image, map_options
 from vit_cifar.images import open_image
 from vit_cifar.models import BUNDLED_MODELS, DEFAULT_MODEL, ModelError
 
@@ -35,6 +37,18 @@ def pixel_values(subject) -> torch.Tensor:
 
 def as_pixels(picture: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).float() / 255
+
+
+def test_a_model_saved_in_bf16_is_explained_in_float32(subject, tmp_path, capsys):
+    """Otherwise most of an occlusion map would be rounding."""
+    copy.deepcopy(subject.model).bfloat16().save_pretrained(tmp_path)
+    subject.processor.save_pretrained(tmp_path)
+    (rounded,) = load_subjects(str(tmp_path))
+    assert rounded.model.dtype == torch.float32
+    cli.explain([Path(EXAMPLE)], tmp_path / "map.png", model=str(tmp_path), method="occlusion")
+    options = map_options(rounded.model.config, "occlusion")
+    expected = explain_image(rounded.model, rounded.processor, open_image(EXAMPLE), tmp_path.name, **options)
+    assert capsys.readouterr().out == f"{EXAMPLE}: {expected}\n"
 
 
 def test_every_head_of_every_layer_has_its_place_in_the_strip(subject, pixel_values):

@@ -1,3 +1,4 @@
+import errno
 import io
 import sys
 
@@ -253,6 +254,32 @@ def test_columns_splits_and_datasets_that_are_not_there(tmp_path):
     with pytest.raises(DataError, match="dataset_name: expected a dataset on the Hub or a folder"):
         load_split(str(tmp_path / "nowhere"), "train")
     assert len(load_split(folder, "train", image_column="other")) == 1
+
+
+def test_a_full_disk_is_named_and_a_read_only_cache_has_a_stand_in(tmp_path, monkeypatch):
+    """`datasets` says only that an error occurred while generating the dataset."""
+    folder, load = folder_of(tmp_path, [picture(1)], [0]), datasets.load_dataset
+
+    def fail(error):
+        def load_dataset(source, cache_dir=None):
+            if cache_dir is not None:
+                return load(source, cache_dir=cache_dir)
+            raise datasets.exceptions.DatasetGenerationError("An error occurred") from error
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+
+    fail(OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(DataError, match="No space left on device"):
+        load_split(folder, "train")
+    fail(OSError(errno.EROFS, "Read-only file system"))
+    assert len(load_split(folder, "train")) == 1
+
+
+def test_validation_leaves_images_of_each_class_to_train_with():
+    labels = torch.tensor([0] * 60 + [1] * 60 + [2] * 2)
+    dataset = ImageDataset(torch.zeros(122, 3, 4, 4, dtype=torch.uint8), labels, ["a", "b", "c"], "")
+    with pytest.raises(DataError, match="validation_size: expected images of each class left .*, got 100: none of c"):
+        split_off_validation(dataset, 100, seed=0)
 
 
 def test_whole_numbers_that_count_no_classes_are_refused(tmp_path):

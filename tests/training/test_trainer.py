@@ -18,13 +18,13 @@ from vit_cifar.training.trainer import TrainingError, ViTCifarTrainer, find_chec
 
 @pytest.fixture
 def make(tmp_path):
-    def trainer(*words: str) -> ViTCifarTrainer:
+    def trainer(*words: str, images: int = 40) -> ViTCifarTrainer:
         torch.manual_seed(0)
         recipe, args, _ = parse_arguments(
             ["--recipe", "smoke", "--output_dir", str(tmp_path), "--bf16", "false", "--disable_tqdm", "true", *words]
         )
         model = ViTCifarForImageClassification(ViTCifarConfig(**recipe.model))
-        train_set = load_split("sample", "train").subset(torch.arange(40))
+        train_set = load_split("sample", "train").subset(torch.arange(images))
         return ViTCifarTrainer(model, args, recipe, train_set, train_set, CIFAR10_MEAN, CIFAR10_STD)
 
     return trainer
@@ -140,6 +140,25 @@ def test_a_training_that_had_ended_stays_as_it_is_when_it_is_resumed(make, tmp_p
     assert newest_whole_checkpoint(tmp_path)[0] == newest
     for name, tensor in first.model.state_dict().items():
         assert torch.equal(again.model.state_dict()[name], tensor), name
+
+
+def test_a_checkpoint_of_other_images_is_refused(make, tmp_path):
+    """What was held out of the training before may be learned now, and the best epoch so far was found on others."""
+    make("--max_steps", "2", "--save_steps", "2").train()
+    checkpoint, _ = newest_whole_checkpoint(tmp_path)
+    with pytest.raises(TrainingError, match="expected the training and validation images, labels and classes of"):
+        make("--max_steps", "4", images=41).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_a_checkpoint_of_before_they_named_their_images_is_gone_on_from(make, tmp_path):
+    make("--max_steps", "2", "--save_steps", "2").train()
+    checkpoint, _ = newest_whole_checkpoint(tmp_path)
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    del state["stateful_callbacks"]["TrainedOn"]
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    again = make("--max_steps", "4", "--save_steps", "2")
+    again.train(resume_from_checkpoint=str(checkpoint))
+    assert again.state.global_step == 4
 
 
 def test_an_evaluation_within_the_epoch_before_the_first_eligible_one_is_not_kept(make):

@@ -102,7 +102,8 @@ def load_subjects(name: str | None) -> list[Subject]:
         except RecordError as error:  # the page is of use without it
             print(error, file=sys.stderr)
             examination = None
-        subjects.append(Subject(name_of(name), model, processor, examination))
+        # In bf16 the small changes that occlusion measures would be rounding.
+        subjects.append(Subject(name_of(name), model.float(), processor, examination))
     return subjects
 
 

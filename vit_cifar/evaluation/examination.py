@@ -285,7 +285,7 @@ def read_examination(folder: str | Path) -> Examination | None:
         if not path.is_file():
             raise records.RecordError(f"{folder}: expected {EXAMINATION_NAME} and {MISTAKES_NAME}, got no {path.name}")
     try:
-        record = json.loads(paths[0].read_text())
+        record = json.loads(paths[0].read_text(encoding="utf-8"))
         # Not Dataset.from_parquet, which would write a copy into the cache folder.
         rows = datasets.Dataset(InMemoryTable(pyarrow.parquet.read_table(paths[1])))
         found = {record["weights_sha256"], *rows.unique("weights_sha256")}

@@ -43,7 +43,7 @@ def weights_sha256(folder: str | Path) -> str:
 def write_json(path: Path, content: dict) -> None:
     """Whole or not at all: written beside its place, then renamed."""
     part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(part, path)
 
 
@@ -57,7 +57,7 @@ def read_record(folder: str | Path) -> dict:
     if not path.is_file():
         raise RecordError(f"{folder}: expected a {RECORD_NAME}, got none")
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
         stated = record["weights_sha256"]
     except (ValueError, KeyError, TypeError) as error:
         raise RecordError(

@@ -53,7 +53,7 @@ def _fill(folder: Path, repo_id: str) -> str:
     examination = examined.record if examined else None
     per_class = record["test_accuracy_per_class"]
     template = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False).from_string(
-        (HUB_CARD / "model_card.md").read_text()
+        (HUB_CARD / "model_card.md").read_text(encoding="utf-8")
     )
     return template.render(
         card_data=_metadata(record, classes, repo_id, examination).to_yaml(),
@@ -124,7 +124,7 @@ def _base_model(arguments: dict) -> str | None:
 
 def project() -> dict:
     """What the checkout's pyproject.toml says of the package: an installation may be of an older one."""
-    return tomllib.loads((HUB_CARD.parent / "pyproject.toml").read_text())["project"]
+    return tomllib.loads((HUB_CARD.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
 def card_picture(folder: str | Path, examination: Examination) -> Figure:

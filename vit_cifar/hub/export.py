@@ -192,7 +192,7 @@ def _export_vit(model: ViTCifarForImageClassification, folder: Path) -> ViTForIm
     stock.load_state_dict(state)
     stock.save_pretrained(folder)
     # transformers reads this key though it does not write it; its fused default would return no maps.
-    settings = json.loads((folder / "config.json").read_text())
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     records.write_json(folder / "config.json", settings | {"attn_implementation": "eager"})
     return AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=False)
 

@@ -119,7 +119,7 @@ def build_model_repo(model_dir: str | Path, repo_id: str, folder: Path) -> None:
         shutil.copyfile(model_dir / name, folder / name)
     for name in REMOTE_CODE:
         shutil.copyfile(Path(__file__).parents[1] / name, folder / name)
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["auto_map"] = AUTO_MAP  # save_pretrained names only the class that was saved
     write_json(folder / "config.json", config)
     model_card(model_dir, repo_id).save(folder / CARD_NAME)

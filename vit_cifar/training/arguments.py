@@ -235,7 +235,7 @@ def recipe_names() -> list[str]:
 
 def recipe_model(name: str) -> dict:
     """The config fields of a shipped recipe's model."""
-    return yaml.safe_load((RECIPES / f"{name}.yaml").read_text())["model"]
+    return yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))["model"]
 
 
 def _read_recipe(name: str, parser: ArgumentParser) -> dict:
@@ -243,7 +243,7 @@ def _read_recipe(name: str, parser: ArgumentParser) -> dict:
     if not path.is_file():
         parser.error(f"recipe: expected one of {', '.join(recipe_names())} or a YAML file, got {name!r}")
     try:
-        recipe = yaml.safe_load(path.read_text())
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         parser.error(f"recipe: expected a YAML file, got {name!r}: {' '.join(str(error).split())}")
     if not isinstance(recipe, dict):

@@ -67,6 +67,11 @@ class ImageDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return {name: tensor[0] for name, tensor in self.__getitems__([index]).items()}
 
+    def digest(self) -> str:
+        """Of images, labels and class names; `fingerprint` changes with the files' dates too."""
+        parts = (self.images.numpy(), self.labels.numpy(), json.dumps(self.classes).encode())
+        return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+
     def subset(self, indices: torch.Tensor) -> "ImageDataset":
         return ImageDataset(self.images[indices], self.labels[indices], self.classes, self.fingerprint)
 
@@ -126,7 +131,7 @@ def load_rows(dataset_name: str) -> datasets.DatasetDict:
     try:
         return _load_dataset(source)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError, HTTPError) as error:
-        reason = first_line(error)
+        reason = first_line(_cause(error))
         if "corresponds to no data" in reason:  # what `datasets` says of a split without rows
             raise DataError(f"{dataset_name}: expected rows in every split, got an empty split: {reason}") from error
         raise DataError(f"dataset_name: expected a dataset on the Hub or a folder, got {source!r}: {reason}") from error
@@ -135,14 +140,20 @@ def load_rows(dataset_name: str) -> datasets.DatasetDict:
 def _load_dataset(source: str) -> datasets.DatasetDict:
     try:
         return datasets.load_dataset(source)
-    except OSError as error:
-        if error.errno not in (errno.EROFS, errno.EACCES):
+    except (OSError, datasets.exceptions.DatasetGenerationError) as error:
+        if getattr(_cause(error), "errno", None) not in (errno.EROFS, errno.EACCES):
             raise
         print(
-            f"the cache cannot be written ({error}): {_stand_in()} takes its place until this process ends",
+            f"the cache cannot be written ({_cause(error)}): {_stand_in()} takes its place until this process ends",
             file=sys.stderr,
         )
         return datasets.load_dataset(source, cache_dir=_stand_in())
+
+
+def _cause(error: Exception) -> BaseException:
+    """What went wrong while `datasets` wrote its cache, of which its own error says nothing."""
+    wraps = isinstance(error, datasets.exceptions.DatasetGenerationError)
+    return error.__cause__ if wraps and error.__cause__ else error
 
 
 @cache
@@ -205,7 +216,8 @@ def split_off_validation(dataset: ImageDataset, size: int, seed: int) -> tuple[I
     """(rest, validation): `size` images drawn so that every class keeps its share; the same for the same seed.
 
     Raises:
-        DataError: size leaves no training image, or is smaller than the number of classes; a class has one image only.
+        DataError: size leaves no training image of a class, or is smaller than the number of classes; a class has one
+            image only.
     """
     if not len(dataset.classes) <= size < len(dataset):
         raise DataError(
@@ -220,8 +232,14 @@ def split_off_validation(dataset: ImageDataset, size: int, seed: int) -> tuple[I
     draws = stratified_shuffle_split_generate_indices(
         dataset.labels.numpy(), len(dataset) - size, size, rng=np.random.default_rng(seed)
     )
-    rest, validation = (torch.from_numpy(rows).sort().values for rows in next(draws))
-    return dataset.subset(rest), dataset.subset(validation)
+    rest, validation = (dataset.subset(torch.from_numpy(rows).sort().values) for rows in next(draws))
+    lost = set(dataset.labels.tolist()) - set(rest.labels.tolist())
+    if lost:
+        names = ", ".join(dataset.classes[label] for label in sorted(lost))
+        raise DataError(
+            f"validation_size: expected images of each class left to train with, got {size}: none of {names}"
+        )
+    return rest, validation
 
 
 def _find_column(rows: datasets.Dataset, name: str | None, kind: type, argument: str, split: str) -> str:
@@ -235,7 +253,7 @@ def _find_column(rows: datasets.Dataset, name: str | None, kind: type, argument:
     if len(found) != 1:
         raise DataError(
             f"{argument}: expected one column of type {kind.__name__} in split {split!r} ({', '.join(rows.features)}), "
-            f"got {', '.join(found) or 'none'}: name it with --{argument}"
+            f"got {', '.join(found) or 'none'}" + (f": name it with --{argument}" if len(rows.features) > 1 else "")
         )
     return found[0]
 
@@ -246,7 +264,10 @@ def _classes(splits: datasets.DatasetDict, column: str) -> list[str]:
     if isinstance(feature, datasets.ClassLabel):
         return feature.names
     if not isinstance(feature, datasets.Value) or "int" not in feature.dtype:
-        raise DataError(f"label_column: expected class labels or whole numbers in {column!r}, got {feature}")
+        raise DataError(
+            f"label_column: expected class labels or whole numbers in {column!r}, got {feature} (of names, `datasets` "
+            f"makes class labels with class_encode_column({column!r}))"
+        )
     labels = [label for rows in splits.values() if column in rows.features for label in rows.unique(column)]
     labels = [label for label in labels if label is not None]
     if not labels:

@@ -3,6 +3,7 @@
 import ctypes
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,6 +56,16 @@ class Clock(TrainerCallback, ExportableState):
 
     def state(self) -> dict:
         return {"args": {"seconds_before": self.seconds()}, "attributes": {}}
+
+
+class TrainedOn(TrainerCallback, ExportableState):
+    """Which images a checkpoint was trained and compared on."""
+
+    def __init__(self, digest: str):
+        self.digest = digest
+
+    def state(self) -> dict:
+        return {"args": {"digest": self.digest}, "attributes": {}}
 
 
 class SaveAfterEvaluation(TrainerCallback):
@@ -117,7 +128,7 @@ class ViTCifarTrainer(Trainer):
         side = train_dataset.images.shape[-1]
         if recipe.max_shift >= side:
             raise ValueError(f"max_shift: expected less than the images' {side} pixels, got {recipe.max_shift}")
-        callbacks = [Clock(), SaveAfterEvaluation()]
+        callbacks = [Clock(), TrainedOn(train_dataset.digest() + eval_dataset.digest()), SaveAfterEvaluation()]
         if recipe.early_stopping_patience is not None:
             callbacks.append(EarlyStoppingCallback(recipe.early_stopping_patience))
         if args.world_size > 1:
@@ -155,9 +166,22 @@ class ViTCifarTrainer(Trainer):
         logits = model(inputs["pixel_values"]).logits.float()
         return nn.functional.cross_entropy(logits, inputs["labels"], label_smoothing=self.args.label_smoothing_factor)
 
-    def train(self, *args, **kwargs) -> TrainOutput:
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs) -> TrainOutput:
+        """Trainer's.
+
+        Raises:
+            TrainingError: the checkpoint was trained, or compared with others, on other images, labels or classes.
+        """
+        if resume_from_checkpoint:
+            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint, TRAINER_STATE_NAME)))
+            own = self._callback(TrainedOn).state()
+            if state.stateful_callbacks.get(TrainedOn.__name__, own) != own:  # older checkpoints do not say
+                raise TrainingError(
+                    f"resume_from_checkpoint: expected the training and validation images, labels and classes of "
+                    f"{resume_from_checkpoint}, got others"
+                )
         with freed_memory_kept():
-            return super().train(*args, **kwargs)
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     @property
     def clock(self) -> Clock:
@@ -191,8 +215,9 @@ class ViTCifarTrainer(Trainer):
         super()._load_callback_state()
         if stopping := self._callback(EarlyStoppingCallback):
             stopping.early_stopping_patience = self.recipe.early_stopping_patience
-            # Of a checkpoint without patience: Trainer's next save asks for it.
-            self.state.stateful_callbacks.setdefault(type(stopping).__name__, stopping.state())
+        for callback in filter(None, (stopping, self._callback(TrainedOn))):
+            # Of a checkpoint without it, by its patience or its age: Trainer's next save asks for it.
+            self.state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
 
     def _run_epoch(self, *args, **kwargs) -> None:
         """Trainer's, which would go on for a step, or an epoch, with a training that had ended."""
@@ -311,7 +336,7 @@ def find_checkpoint(args: TrainingArguments) -> tuple[str | None, int | None]:
     """(The checkpoint to go on from, how many steps it has behind it); (None, None) to start anew.
 
     Raises:
-        TrainingError: there is no whole one to go on from, or output_dir holds another training.
+        TrainingError: there is no whole one to go on from, or output_dir holds another training or cannot be written.
     """
     output_dir, wanted = Path(args.output_dir), args.resume_from_checkpoint
     goes_on_here = wanted == "last" or (wanted and Path(wanted).resolve().parent == output_dir.resolve())
@@ -321,8 +346,14 @@ def find_checkpoint(args: TrainingArguments) -> tuple[str | None, int | None]:
     if taken and not goes_on_here:
         raise TrainingError(
             f"output_dir: expected a folder that holds no other training, got {output_dir} with "
-            f"{taken[0].relative_to(output_dir)}: go on with --resume_from_checkpoint or choose another"
+            f"{taken[0].relative_to(output_dir)}: "
+            + ("go on with --resume_from_checkpoint or choose another" if checkpoints(output_dir) else "choose another")
         )
+    try:  # now, and not when the training is to be saved
+        there = next(path for path in (output_dir, *output_dir.resolve().parents) if path.exists())
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise TrainingError(f"output_dir: expected a folder that can be written, got {output_dir}: {error}") from error
     if wanted is None:
         return None, None
     if wanted == "last":
