@@ -54,7 +54,10 @@ def page() -> Iterator[Client]:
         yield Client(f"http://127.0.0.1:{port}", verbose=False, download_files=False)
     finally:
         app.terminate()  # which lets it delete its cache
-        app.wait(60)
+        try:
+            app.wait(60)
+        finally:
+            app.kill()
 
 
 def measure() -> dict:

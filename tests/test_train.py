@@ -204,9 +204,8 @@ def test_a_file_in_the_place_of_the_folder_is_refused_before_training(tmp_path):
 
 def test_stopped_by_the_user_it_says_how_to_go_on(tmp_path):
     with (tmp_path / "errors").open("w") as errors:
-        process = start(
-            sys.executable, "train.py", "--recipe", "smoke", "--output_dir", tmp_path / "run", errors=errors
-        )
+        command = ["env", "--default-signal=INT", sys.executable, "train.py", "--recipe", "smoke"]
+        process = start(*command, "--output_dir", tmp_path / "run", errors=errors)
     deadline = time.monotonic() + 300
     while not (tmp_path / "run").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)

@@ -63,7 +63,7 @@ class ViTCifarConvStem(nn.Sequential):
     def train(self, mode: bool = True) -> "ViTCifarConvStem":
         super().train(mode)
         for norm in (layer for layer in self if hasattr(layer, "running_mean")):
-            norm.train(mode and norm.weight.requires_grad)  # frozen is unchanged: LoRA's files hold no statistics
+            norm.train(mode and all(p.requires_grad for p in norm.parameters()))  # LoRA's files hold no statistics
         return self
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:

@@ -574,17 +574,24 @@ def test_quick_clicks_leave_a_page_of_one_piece(subject, page, browser, monkeypa
     visit.tab.close()
 
 
-def test_a_patch_that_is_clicked_while_a_picture_comes_is_not_hidden_in_it(subject, page, browser, monkeypatch):
+@pytest.mark.parametrize("order", [["patch", "frog icon"], ["frog icon", "patch"], ["patch", "Show all"]])
+def test_the_patches_that_are_hidden_are_those_of_the_boxes(subject, page, browser, monkeypatch, order):
+    """Whichever is clicked while the other is under way."""
     visit = Visit(browser, page.local_url, "light", 1280)
     visit.tab.get_by_role("tab", name="Hide patches").click()
     box = visit.tab.get_by_label("row 1, column 1", exact=True)
     expect(box).to_be_enabled()
-    look = Subject.look
+    look, hidden = Subject.look, views.hidden
     monkeypatch.setattr(Subject, "look", lambda *choices: time.sleep(1) or look(*choices))
-    visit.tab.get_by_role("button", name="frog icon").click()
-    visit.tab.locator("#cells label").first.click()
-    visit.wait_for_answer(truth(subject, open_image(EXAMPLES / "frog.png"))[0])
-    visit.tab.wait_for_timeout(1000)  # the click's own answer comes after that of the picture
+    monkeypatch.setattr(views, "hidden", lambda *choices: time.sleep(1) or hidden(*choices))
+    for what in order:
+        if what == "patch":
+            visit.tab.locator("#cells label").first.click()
+        else:
+            visit.tab.get_by_role("button", name=what).click()
+    if "frog icon" in order:
+        visit.wait_for_answer(truth(subject, open_image(EXAMPLES / "frog.png"))[0])
+    visit.tab.wait_for_timeout(4000)  # whatever is still under way
     expect(box).not_to_be_checked()
     expect(visit.tab.get_by_text("0 of 64 patches hidden")).to_be_visible()
     assert visit.trouble == []
@@ -722,13 +729,13 @@ def test_app_serves_the_model_of_the_flag_to_this_machine_alone_and_leaves_nothi
     assert not any(cache.glob("vit-cifar-*")) and (cache / "another program's").exists()
 
 
-@pytest.mark.parametrize("prefix", [[], ["nohup"]])
+@pytest.mark.parametrize("prefix", [["env", "--default-signal=HUP"], ["nohup"]])
 def test_app_ends_with_its_terminal_unless_told_not_to(tiny_model_folder, tmp_path, prefix):
     with served(tmp_path, *prefix, sys.executable, ROOT / "app.py", "--model", tiny_model_folder) as (app, _):
         app.send_signal(signal.SIGHUP)
         try:
-            app.wait(3 if prefix else PATIENCE)
+            app.wait(3 if prefix == ["nohup"] else PATIENCE)
         except subprocess.TimeoutExpired:
-            assert prefix
+            assert prefix == ["nohup"]
         else:
-            assert not prefix
+            assert prefix != ["nohup"]

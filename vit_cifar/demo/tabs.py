@@ -154,15 +154,11 @@ def hide_patches(subject: Subject, state: gr.State, start: Look) -> Tab:
             return None, None, ""
         return views.hidden(subject, pixel_values, patches)
 
-    def hide_next(pixel_values: torch.Tensor | None, patches: list[int]) -> tuple:
-        """The same after one more patch: of those still shown, the one that gradient rollout puts first."""
+    def hide_next(pixel_values: torch.Tensor | None, patches: list[int]) -> list[int]:
+        """One more patch: of those still shown, the one that gradient rollout puts first."""
         if pixel_values is None or len(patches) == rows * columns:
-            return patches, *hide(pixel_values, patches)
-        patches = sorted([*patches, views.most_important(subject, pixel_values, patches)])
-        return patches, *hide(pixel_values, patches)
-
-    def show_all(pixel_values: torch.Tensor | None) -> tuple:
-        return [], *hide(pixel_values, [])
+            return patches
+        return sorted([*patches, views.most_important(subject, pixel_values, patches)])
 
     with gr.Tab("Hide patches"), gr.Row(elem_id="hide"):
         names = [
@@ -194,11 +190,10 @@ def hide_patches(subject: Subject, state: gr.State, start: Look) -> Tab:
 
     shown = [answer, board, said]
     options = {"show_progress": "hidden", "trigger_mode": "always_last", "concurrency_id": "picture"}
-    hid = cells.input(hide, [state, cells], shown, api_name="hide", **options)
-    # A picture that was on its way when the box was clicked has emptied the boxes: what is shown follows them.
-    hid.success(hide, [state, cells], shown, api_visibility="private", **options)
-    one_more.click(hide_next, [state, cells], [cells, *shown], api_visibility="private", **options)
-    none.click(show_all, state, [cells, *shown], api_visibility="private", **options)
+    # Whoever ticks or empties the boxes, the visitor, a button or a new picture: what is shown follows them.
+    cells.change(hide, [state, cells], shown, api_name="hide", **options)
+    one_more.click(hide_next, [state, cells], cells, api_visibility="private", **options)
+    none.click(lambda: [], None, cells, api_visibility="private", **options)
     return Tab(
         [cells, *shown], lambda seen: [[], *views.nothing_hidden(subject, seen)], controls=[one_more, none, cells]
     )

@@ -166,22 +166,9 @@ class ViTCifarTrainer(Trainer):
         logits = model(inputs["pixel_values"]).logits.float()
         return nn.functional.cross_entropy(logits, inputs["labels"], label_smoothing=self.args.label_smoothing_factor)
 
-    def train(self, resume_from_checkpoint: str | None = None, **kwargs) -> TrainOutput:
-        """Trainer's.
-
-        Raises:
-            TrainingError: the checkpoint was trained, or compared with others, on other images, labels or classes.
-        """
-        if resume_from_checkpoint:
-            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint, TRAINER_STATE_NAME)))
-            own = self._callback(TrainedOn).state()
-            if state.stateful_callbacks.get(TrainedOn.__name__, own) != own:  # older checkpoints do not say
-                raise TrainingError(
-                    f"resume_from_checkpoint: expected the training and validation images, labels and classes of "
-                    f"{resume_from_checkpoint}, got others"
-                )
+    def train(self, *args, **kwargs) -> TrainOutput:
         with freed_memory_kept():
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            return super().train(*args, **kwargs)
 
     @property
     def clock(self) -> Clock:
@@ -209,6 +196,21 @@ class ViTCifarTrainer(Trainer):
                 inputs["labels"] = own_labels.lerp(one_hot[other_labels], 1 - own_share[:, None])  # (B, classes)
         inputs["pixel_values"] = normalize(images, self.image_mean, self.image_std)
         return inputs
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args, **kwargs) -> None:
+        """Trainer's, of a checkpoint that was trained, and compared with others, on the same images.
+
+        Raises:
+            TrainingError: it was not.
+        """
+        before = TrainerState.load_from_json(str(Path(resume_from_checkpoint, TRAINER_STATE_NAME))).stateful_callbacks
+        own = self._callback(TrainedOn).state()
+        if before.get(TrainedOn.__name__, own) != own:  # older checkpoints do not say
+            raise TrainingError(
+                "resume_from_checkpoint: expected the training and validation images, labels and classes of "
+                f"{resume_from_checkpoint}, got others"
+            )
+        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
 
     def _load_callback_state(self) -> None:
         """Trainer's; the patience is what this command says, not what the checkpoint's did."""

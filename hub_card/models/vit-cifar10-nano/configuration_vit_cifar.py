@@ -87,6 +87,11 @@ class ViTCifarConfig(PreTrainedConfig):
         loaded = "model_type" in kwargs
         if not loaded:
             self._refuse_near_misses(kwargs)
+            if self.stem_widths is not None and self.patch_embedding != "conv_stem":
+                raise ValueError(
+                    f"stem_widths: expected patch_embedding conv_stem with it, got {self.patch_embedding!r} and "
+                    f"{self.stem_widths}"
+                )
             if num_labels is not None and self.id2label is not None and num_labels != len(self.id2label):
                 raise ValueError(
                     f"num_labels: expected {len(self.id2label)}, the number of names in id2label, got {num_labels}"
@@ -168,11 +173,6 @@ class ViTCifarConfig(PreTrainedConfig):
                     f"stem_widths: expected at least {least} positive numbers for patch_size {self.patch_size}, the "
                     f"last of them hidden_size {self.hidden_size}, got {widths}"
                 )
-        elif self.stem_widths is not None:
-            raise ValueError(
-                f"stem_widths: expected patch_embedding conv_stem with it, got {self.patch_embedding!r} and "
-                f"{self.stem_widths}"
-            )
 
 
 __all__ = ["CIFAR10_CLASSES", "ViTCifarConfig"]
