@@ -22,7 +22,7 @@ from PIL import Image, ImageOps
 from playwright.sync_api import Browser, Page, Request, expect, sync_playwright
 
 from vit_cifar import CIFAR10_CLASSES
-from vit_cifar.demo import views
+from vit_cifar.demo import tabs, views
 from vit_cifar.demo.page import EXAMPLES, LAUNCH_OPTIONS, build_page
 from vit_cifar.demo.views import Subject, open_upload
 from vit_cifar.evaluation.examination import examine
@@ -223,6 +223,16 @@ def test_mistakes_of_a_pair(subject, client):
     gallery, said = client.predict(label, answer, api_name="/mistakes")
     pictures, words = views.mistakes(subject, label, answer)
     assert said == words and [row["caption"] for row in gallery] == [caption for _, caption in pictures]
+
+
+def test_of_many_classes_the_mistakes_are_chosen_by_name(subject, monkeypatch):
+    """A table of them could be neither read nor clicked."""
+    table, words = 'class="confusion"', "Choose a class and an answer to see its images"
+    shown = str(build_page([subject]).get_config_file())
+    assert table in shown and words not in shown
+    monkeypatch.setattr(tabs, "MOST_IN_TABLE", 9)
+    shown = str(build_page([subject]).get_config_file())
+    assert table not in shown and words in shown
 
 
 def test_each_model_has_its_own_page(subject, other, client):
