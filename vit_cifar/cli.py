@@ -77,12 +77,12 @@ def evaluate(
 ) -> None:
     """Print a model's accuracy on a split, in all and for each class."""
     from .evaluation.metrics import evaluate as measure
-    from .models import load_model
+    from .models import default_device, load_model
     from .training.data import CIFAR10_NAME, load_split
 
     network, processor = load_model(model)
     dataset = load_split(dataset_name or CIFAR10_NAME, split, network.config.image_size, image_column, label_column)
-    result = measure(network, processor, dataset)
+    result = measure(network.to(default_device()), processor, dataset)
     if as_json:
         numbers = {"accuracy": result.accuracy, "loss": result.loss, "per_class": result.per_class}
         print(json.dumps({"images": len(dataset)} | numbers, indent=2))

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import AutoConfig, ViTImageProcessor
@@ -75,6 +76,11 @@ def load_model(name: str | None = None) -> tuple[ViTCifarForImageClassification,
     if broken := [key for key, tensor in model.state_dict().items() if not tensor.isfinite().all()]:
         raise ModelError(f"model: expected finite weights, got NaN or infinity in {', '.join(broken[:3])} of {name}")
     return model.eval(), processor
+
+
+def default_device() -> torch.device:
+    """Where a model that is only asked runs."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def class_names(config: ViTCifarConfig) -> list[str]:

@@ -1,11 +1,13 @@
 import json
 import sys
 
+import pytest
 import torch
 from helpers import run
 
 from vit_cifar import ViTCifarConfig, ViTCifarForImageClassification
-from vit_cifar.evaluation.benchmark import Contender, PlainViT, ratio, take_turns, training_flops
+from vit_cifar.errors import UserError
+from vit_cifar.evaluation.benchmark import Contender, PlainViT, benchmark, ratio, take_turns, training_flops
 from vit_cifar.training.arguments import machine_supports_bf16, recipe_model
 
 
@@ -26,6 +28,12 @@ def test_contenders_take_turns_and_ratios_are_within_a_round():
     assert fast.row()["spread"] == [10, 20]
     assert ratio(fast, slow)["median"] == 4
     assert ratio(fast, slow)["spread"] == [2, 4]
+
+
+def test_several_gpus_are_refused_at_once(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    with pytest.raises(UserError, match=r"expected one GPU at most \(CUDA_VISIBLE_DEVICES=0\), got 8"):
+        benchmark()
 
 
 def test_the_plain_loops_model_is_the_tutorials():

@@ -32,7 +32,9 @@ from transformers import (
 )
 
 from ..configuration_vit_cifar import ViTCifarConfig
+from ..errors import UserError
 from ..modeling_vit_cifar import ViTCifarForImageClassification, sinusoidal_positions
+from ..models import default_device
 from ..training.arguments import fastest_attention, machine_supports_bf16, parse_arguments, recipe_model
 from ..training.augmentation import Augmentation
 from ..training.data import CIFAR10_MEAN, CIFAR10_STD, SAMPLE_NAME, ImageDataset, load_rows, load_split, normalize
@@ -128,10 +130,6 @@ class StepTimes(TrainerCallback):
     def on_step_end(self, *args, **kwargs) -> None:
         synchronize()
         self.times.append(time.perf_counter())
-
-
-def default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def synchronize() -> None:
@@ -372,7 +370,7 @@ def input_pipeline(batch_size: int) -> dict:
 
     def batched() -> None:
         batch = sample.__getitems__(indices)
-        images = augmentation(batch["pixel_values"], batch["sample_index"], 0)
+        images = augmentation(batch["pixel_values"].to(default_device()), batch["sample_index"], 0)
         normalize(images, CIFAR10_MEAN, CIFAR10_STD)
 
     def one_by_one() -> None:
@@ -407,7 +405,13 @@ def training_flops(config: ViTCifarConfig) -> int:
 
 
 def benchmark(batch_size: int = 128, rounds: int = 5, steps: int = 3) -> dict:
-    """The benchmark record: rows of images a second, ratios with their spread, shares of a step."""
+    """The benchmark record: rows of images a second, ratios with their spread, shares of a step.
+
+    Raises:
+        UserError: several GPUs, which Trainer would share one process's batch among.
+    """
+    if (gpus := torch.cuda.device_count()) > 1:
+        raise UserError(f"benchmark: expected one GPU at most (CUDA_VISIBLE_DEVICES=0), got {gpus}")
     fields = recipe_model(RECIPE)
     config = ViTCifarConfig(**fields)
     formats = ["bf16", "float32"] if machine_supports_bf16() else ["float32"]

@@ -25,7 +25,7 @@ from ..explain.perturbation import (
 )
 from ..integrity import SUMS_NAME, write_checksums
 from ..modeling_vit_cifar import ViTCifarForImageClassification
-from ..models import load_model
+from ..models import default_device, load_model
 from ..training.data import (
     DataError,
     ImageDataset,
@@ -134,7 +134,7 @@ def examine_folder(folder: Path, dataset_name: str | None, images: int) -> Exami
         raise DataError(f"{error} (--dataset_name names the dataset that the model was trained on)") from error
     _, validation_set = split_off_validation(train_set, arguments["validation_size"], arguments["validation_seed"])
     stated = (record["validation_accuracy"], record["test_accuracy"])
-    examination = examine(model, processor, validation_set, test_set, images, stated)
+    examination = examine(model.to(default_device()), processor, validation_set, test_set, images, stated)
     same = test_set.fingerprint == record["dataset"]["fingerprints"]["test"]  # a local folder has no name of its own
     name = record["dataset"]["name"] if same else records.public_name(dataset_name)
     command = [

@@ -124,3 +124,6 @@ class MuonWithAdamW(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict) -> None:
         self.optimizers[0].load_state_dict(state_dict["muon"])
         self.optimizers[1].load_state_dict(state_dict["adamw"])
+        for state in self.optimizers[1].state.values():
+            # Where AdamW keeps it. Trainer with several GPUs puts it on one, which each step would have to wait for.
+            state["step"] = state["step"].cpu()
