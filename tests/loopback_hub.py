@@ -19,6 +19,7 @@ from urllib.parse import unquote, urlsplit
 
 import yaml
 
+DATASET_ID = re.compile(r"(?:[\w-]+/)?[\w.-]+", re.ASCII)
 LARGE = (".safetensors", ".parquet", ".png", ".onnx")  # what goes by the LFS protocol, as .gitattributes says there
 Files = dict[str, bytes]
 
@@ -198,6 +199,10 @@ class _Handler(BaseHTTPRequestHandler):
             data = (yaml.safe_load(front[1]) if front else None) or {}
             if not isinstance(data, dict) or not isinstance(data.get("license", ""), str):
                 error = '"license" must be a string'
+            else:
+                results = [result for model in data.get("model-index") or [] for result in model["results"]]
+                if wrong := [name for r in results if not DATASET_ID.fullmatch(name := r["dataset"]["type"])]:
+                    error = f'dataset.type with value "{wrong[0]}" fails to match {DATASET_ID.pattern}'
         except yaml.YAMLError as found:
             error = f"not YAML: {found}".splitlines()[0]
         if error:  # clients look at the status alone

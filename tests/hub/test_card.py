@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, copy_to_change
 
 from vit_cifar.evaluation.examination import EXAMINATION_NAME, MISTAKES_NAME
 from vit_cifar.evaluation.records import RECORD_NAME, RecordError, read_record
 from vit_cifar.hub.card import model_card
+from vit_cifar.hub.publish import LINK
 from vit_cifar.models import BUNDLED_MODELS, DEFAULT_MODEL
 
 FOLDERS = sorted(BUNDLED_MODELS.iterdir())
@@ -85,6 +86,29 @@ def test_own_classes_have_the_dataset_of_their_own(smoke_folder, tmp_path):
 def test_another_dataset_with_its_class_names_is_not_cifar10(smoke_folder):
     card = model_card(smoke_folder, "user/name")
     assert card.data.datasets is None and card.data.eval_results[0].dataset_type == "sample"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("./my_images", "my_images"), ("my photos", "my-photos"), ("data/Vögel", "V-gel"), ("犬", "own-images")],
+)
+def test_a_dataset_of_ones_own_has_a_name_that_the_hub_takes(smoke_folder, tmp_path, name, kind):
+    """The Hub refuses a card otherwise."""
+    folder = copy_to_change(smoke_folder, tmp_path / "mine")
+    change_record(folder, dataset=read_record(folder)["dataset"] | {"name": name})
+    result = model_card(folder, "user/name").data.eval_results[0]
+    assert (result.dataset_type, result.dataset_name) == (kind, name)
+
+
+def test_class_names_are_shown_as_they_are(smoke_folder, tmp_path):
+    folder = copy_to_change(smoke_folder, tmp_path / "mine")
+    per_class = read_record(folder)["test_accuracy_per_class"]
+    odd = ["a|b", "<unk>", "box](x)", "two\nlines", *list(per_class)[4:]]
+    change_record(folder, test_accuracy_per_class=dict(zip(odd, per_class.values(), strict=True)))
+    card = model_card(folder, "user/name")
+    assert not LINK.search(card.text[card.text.index("box") :][:10])
+    for name in (r"a\|b", r"\<unk\>", r"box\](x)", "two lines"):
+        assert f"\n| {name} | " in card.text
 
 
 def test_a_start_from_a_folder_of_this_machine_is_no_base_model(nano):

@@ -206,8 +206,18 @@ class NotATensor:
         (damaged(lambda s: s.clear()), "missing: patchembedding.cls_token"),
         ({"epoch": 3, "state_dict": {}}, "with tensors alone, got int at 'epoch'"),
         ([torch.zeros(1)], "a state dict, got list"),
+        *[
+            (
+                damaged(lambda s, change=change: s.update({"mlp_head.1.weight": change(s["mlp_head.1.weight"])})),
+                "dense tensors of finite real numbers, got another at 'mlp_head.1.weight'",
+            )
+            for change in (torch.Tensor.to_sparse, lambda t: t.to("meta"), lambda t: t / 0, lambda t: t + 0j)
+        ],
     ],
-    ids=["missing", "unexpected", "numbered", "misshapen", "shallow", "empty", "wrapped", "list"],
+    ids=[
+        *("missing", "unexpected", "numbered", "misshapen", "shallow", "empty", "wrapped", "list"),
+        *("sparse", "meta", "not finite", "complex"),
+    ],
 )
 def test_a_checkpoint_that_is_another_models(content, message, tmp_path):
     torch.save(content, tmp_path / "checkpoint.pth")

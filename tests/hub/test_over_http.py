@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import loopback_hub
 import pytest
 import torch
 from helpers import ROOT, copy_to_change, new_environment, open_when_served, run
@@ -149,14 +150,27 @@ def test_nothing_is_uploaded_of_what_is_refused(hub, tmp_path, how, smoke_folder
     assert hub.repos == {} and not [line for line in hub.requests if line.startswith(("POST", "PUT"))]
 
 
+def test_a_commit_that_is_refused_is_not_tried_in_parts(hub, tmp_path, monkeypatch):
+    """With Xet, as users have it: a Space would lose its files with the first part."""
+    monkeypatch.setattr(loopback_hub, "LARGE", ())
+    hub.add_repo("model", MODEL_ID, nano_files())
+    before = hub.add_repo("space", SPACE_ID, {"app.py": b"as before"})
+    refusals = [413] * 5
+    hub.fault = lambda method, path: refusals.pop() if refusals and "/commit/" in path else None
+    words = ["publish-space", "--repo-id", SPACE_ID, "--model-id", MODEL_ID, "--push"]
+    assert "413" in one_line(vit_cifar(hub, tmp_path, *words, HF_HUB_DISABLE_XET="0"))
+    assert hub.repos["space", SPACE_ID].commits == {before: {"app.py": b"as before"}}
+
+
 def test_what_an_earlier_version_left_is_not_taken_for_this_ones(hub, tmp_path, smoke_folder):
-    """An examined model with pickled weights beside it, then one that was not examined; the owner's file stays."""
-    hub.add_repo("model", MODEL_ID, nano_files() | {"pytorch_model.bin": b"pickled", "notes.txt": b"mine"})
+    """An examined model with pickled weights beside it, then one that was not examined; the owner's files stay."""
+    others = {"notes.txt": b"mine", "openvino/openvino_model.bin": b"no pickle"}
+    hub.add_repo("model", MODEL_ID, nano_files() | others | {"pytorch_model.bin": b"pickled"})
     assert publish(hub, tmp_path, model_dir=smoke_folder).returncode == 0
     repo = hub.repos["model", MODEL_ID]
     names = set(repo.commits[repo.refs["main"]])
     assert not names & {"pytorch_model.bin", "examination.json", "mistakes.parquet", "overlays.png"}
-    assert "notes.txt" in names and len(repo.messages) == 2
+    assert set(others) <= names and len(repo.messages) == 2
 
 
 def test_private_is_not_ignored_for_a_public_repository(hub, tmp_path):

@@ -1,5 +1,6 @@
 """A model folder's records -> its model card. Not a number comes from anywhere else."""
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from ..training.data import CIFAR10_NAME
 
 CIFAR10_COPIES = ("cifar10-jpeg-q75",)  # what records call copies of it
 COMMIT_LENGTH = 40
+NO_HUB_ID = re.compile(r"[^A-Za-z0-9_.-]+")  # what the Hub refuses in the id of a dataset
+MARKUP = re.compile(r"([\\|<>\[\]*_`])")
 PICTURE_NAME = "overlays.png"
 # What of the recorded arguments a reader of the card wants to know; `command` and the record have the rest.
 SETTINGS = (
@@ -61,12 +64,12 @@ def _fill(folder: Path, repo_id: str) -> str:
         repo_id=repo_id,
         record={"git_commit": None, **record, "hardware": {"gpu": None, **record["hardware"]}},
         config=config,
-        classes=classes,
+        classes=[_plain(name) for name in classes],
         grid=config.image_size // config.patch_size,
         base_model=arguments.get("model_name_or_path"),
-        per_class=per_class,
-        worst=min(per_class, key=per_class.get),
-        best=max(per_class, key=per_class.get),
+        per_class={_plain(name): accuracy for name, accuracy in per_class.items()},
+        worst=_plain(min(per_class, key=per_class.get)),
+        best=_plain(max(per_class, key=per_class.get)),
         passes=passes(record),
         transformers=next(word for word in project()["dependencies"] if word.startswith("transformers")),
         settings={
@@ -83,13 +86,18 @@ def _fill(folder: Path, repo_id: str) -> str:
     )
 
 
+def _plain(name: str) -> str:
+    """A class name that Markdown shows as it is, in a table too."""
+    return MARKUP.sub(r"\\\1", " ".join(name.split()))
+
+
 def _metadata(record: dict, classes: list[str], repo_id: str, examination: dict | None) -> ModelCardData:
     """The card's YAML. A copy of CIFAR-10 is filed under the Hub's, and named as what it is in the results."""
     name = record["dataset"]["name"]
     hub_id = CIFAR10_NAME if name in CIFAR10_COPIES else record["dataset"].get("hub_id")
     of = {
         "task_type": "image-classification",
-        "dataset_type": hub_id or name,
+        "dataset_type": hub_id or NO_HUB_ID.sub("-", name.split("/")[-1]).strip("-.") or "own-images",
         "dataset_name": name,
         "dataset_split": "test",
     }

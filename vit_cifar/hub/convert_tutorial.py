@@ -82,6 +82,11 @@ def _read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
             raise ConversionError(
                 f"checkpoint: expected a state dict with tensors alone, got {type(tensor).__name__} at {name!r}: {path}"
             )
+        is_plain = tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_quantized or tensor.is_meta)
+        if not (is_plain and tensor.is_floating_point() and tensor.float().isfinite().all()):
+            raise ConversionError(
+                f"checkpoint: expected dense tensors of finite real numbers, got another at {name!r}: {path}"
+            )
     return tensors
 
 

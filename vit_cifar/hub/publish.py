@@ -10,10 +10,11 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
-from huggingface_hub import CommitInfo, HfApi, ModelCard, get_token
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError  # the second, of the network, is of its HTTP library
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors.torch import load_file, save_file
@@ -39,7 +40,7 @@ AUTO_MAP = {
     "AutoModelForImageClassification": "modeling_vit_cifar.ViTCifarForImageClassification",
 }
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
-LINK = re.compile(r"\]\((?!https?:|#)([^)]+)\)")
+LINK = re.compile(r"(?<!\\)\]\((?!https?:|#)([^)]+)\)")
 CLOSE = 1e-4  # of logits and attentions, in two processes on one machine
 SAME_LOSS = 1e-3
 
@@ -109,7 +110,7 @@ def build_model_repo(model_dir: str | Path, repo_id: str, folder: Path) -> None:
     if missing := [name for name in COPIED if name != RECORD_NAME and not (model_dir / name).is_file()]:
         raise PublishError(f"{model_dir}: expected {', '.join(COPIED)}, got no {', '.join(missing)}")
     record, (model, _) = read_record(model_dir), load_model(str(model_dir))
-    examination = read_examination(model_dir)
+    examination, card = read_examination(model_dir), model_card(model_dir, repo_id)
     _compare(record, {"parameters": model.num_parameters()}, "the model")
     if examination:
         tolerance = accuracy_tolerance(record["dataset"]["images"]["test"])
@@ -122,7 +123,7 @@ def build_model_repo(model_dir: str | Path, repo_id: str, folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["auto_map"] = AUTO_MAP  # save_pretrained names only the class that was saved
     write_json(folder / "config.json", config)
-    model_card(model_dir, repo_id).save(folder / CARD_NAME)
+    card.save(folder / CARD_NAME)
     if examination:
         card_picture(model_dir, examination).savefig(folder / PICTURE_NAME, dpi=110)
     write_checksums(folder)
@@ -275,15 +276,15 @@ def upload(folder: Path, repo_id: str, repo_type: str, private: bool, revision: 
             raise PublishError(f"private: expected a new or a private repository, got {repo_id}, which is public")
         if revision:
             api.create_branch(repo_id, repo_type=repo_type, branch=revision, exist_ok=True)
-        return api.upload_folder(
-            repo_id=repo_id,
-            repo_type=repo_type,
-            folder_path=folder,
-            revision=revision,
-            commit_message=message,
+        files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+        # Not upload_folder, which with Xet splits what the Hub refuses into several commits, deletions first.
+        operations = [CommitOperationAdd(name, path) for name, path in files.items()]
+        for name in api.list_repo_files(repo_id, repo_type=repo_type, revision=revision):
             # What an earlier version left must not be taken for this one's; other files of the owner stay.
-            delete_patterns="*" if repo_type == "space" else [*EXAMINED, PICTURE_NAME, *PICKLES],
-        )
+            left = name in (*EXAMINED, PICTURE_NAME) or any(fnmatch(name, kind) and "/" not in name for kind in PICKLES)
+            if name not in files and name != ".gitattributes" and (left or repo_type == "space"):
+                operations.append(CommitOperationDelete(name))
+        return api.create_commit(repo_id, operations, commit_message=message, repo_type=repo_type, revision=revision)
 
 
 def describe_files(folder: Path) -> str:

@@ -118,7 +118,7 @@ def recorded_dataset(record: dict) -> str:
 def load_recorded_split(record: dict, split: str, dataset_name: str, image_size: int) -> ImageDataset:
     """`load_split`, of the columns that a training record names."""
     arguments = record["arguments"]
-    return load_split(dataset_name, split, image_size, arguments["image_column"], arguments["label_column"])
+    return load_split(dataset_name, split, image_size, arguments.get("image_column"), arguments.get("label_column"))
 
 
 def load_rows(dataset_name: str) -> datasets.DatasetDict:
