@@ -84,8 +84,13 @@ def test_how_many_pixels_depends_on_the_decoder(monkeypatch):
     assert open_image(encoded(Image.new("L", (990, 990)), "JPEG", progressive=True)).size == (990, 990)
     thumbnail = encoded(Image.new("RGB", (1200, 1200)), "JPEG", comment=encoded(Image.new("L", (90, 90)), "JPEG"))
     assert open_image(thumbnail).size == (600, 600)
+    whole = encoded(Image.new("RGB", (1200, 1200)), "JPEG")
+    start = whole.index(b"\xff\xda")
+    progressive = encoded(Image.new("RGB", (1200, 1200)), "JPEG", progressive=True)
     for content in (
-        encoded(Image.new("RGB", (1200, 1200)), "JPEG", progressive=True),
+        progressive,
+        progressive[: progressive.index(b"\xff\xda", progressive.index(b"\xff\xda") + 2)] + b"\xff\xd9",  # one scan
+        whole[:start] + b"\xff\xda\0\x08\1\1\0\0\x3f\0" + whole[start + 14 :],  # one scan, of one component of three
         encoded(Image.new("RGB", (2000, 1000)), "JPEG"),
         encoded(Image.new("RGB", (1200, 1200))),
         encoded(Image.new("RGB", (600, 600)), "WEBP"),

@@ -91,8 +91,8 @@ class _Patience:
 def _most_pixels(image: Image.Image) -> int:
     """What a file may promise, by what its decoder does with it."""
     if image.format in ("JPEG", "MPO"):
-        scans = _scans(image.fp)
-        if scans == 1 and min(image.size) >= 2 * SHORTER_SIDE:
+        scans = _scans(image.fp, image.layers)
+        if scans == 1 and not image.info.get("progressive") and min(image.size) >= 2 * SHORTER_SIDE:
             return MAX_PIXELS
         return MAX_DECODED_PIXELS * 30 // max(30, scans)  # progressive: all coefficients in memory, gone over each time
     if image.format == "WEBP" or image.mode == "LAB":  # a decoder that holds four copies; a slow conversion
@@ -104,13 +104,15 @@ def _most_pixels(image: Image.Image) -> int:
     return MAX_DECODED_PIXELS
 
 
-def _scans(file: BinaryIO) -> int:
-    """How many times a JPEG goes over its picture. Thumbnails lie inside of other segments, which are skipped."""
+def _scans(file: BinaryIO, components: int) -> int:
+    """How many times a JPEG goes over its picture; a scan of some components, which others have to follow, counts
+    twice. Thumbnails lie inside of other segments, which are skipped."""
     file.seek(0)
     content, position, scans = file.read(), 2, 0
     marker = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")  # neither a stuffed byte nor a restart
     while (found := marker.search(content, position)) and found[1] != b"\xd9":
-        scans += found[1] == b"\xda"
+        if found[1] == b"\xda":
+            scans += 1 if content[found.end() + 2 : found.end() + 3] == bytes([components]) else 2
         if scans > MAX_SCANS:
             raise ValueError(f"expected at most {MAX_SCANS} scans")
         position = found.end() + int.from_bytes(content[found.end() : found.end() + 2])

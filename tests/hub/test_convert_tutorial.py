@@ -209,9 +209,14 @@ class NotATensor:
         *[
             (
                 damaged(lambda s, change=change: s.update({"mlp_head.1.weight": change(s["mlp_head.1.weight"])})),
-                "dense tensors of finite real numbers, got another at 'mlp_head.1.weight'",
+                message,
             )
-            for change in (torch.Tensor.to_sparse, lambda t: t.to("meta"), lambda t: t / 0, lambda t: t + 0j)
+            for message, change in (
+                ("expected dense tensors, got another kind at 'mlp_head.1.weight'", torch.Tensor.to_sparse),
+                ("expected dense tensors, got another kind at 'mlp_head.1.weight'", lambda tensor: tensor.to("meta")),
+                ("expected finite real numbers, got others in mlp_head.1.weight", lambda tensor: tensor / 0),
+                ("expected finite real numbers, got others in mlp_head.1.weight", lambda tensor: tensor + 0j),
+            )
         ],
     ],
     ids=[

@@ -55,21 +55,21 @@ def _fill(folder: Path, repo_id: str) -> str:
     arguments, classes = record["arguments"], class_names(config)
     examination = examined.record if examined else None
     per_class = record["test_accuracy_per_class"]
-    template = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False).from_string(
-        (HUB_CARD / "model_card.md").read_text(encoding="utf-8")
-    )
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
+    environment.filters["plain"] = _plain
+    template = environment.from_string((HUB_CARD / "model_card.md").read_text(encoding="utf-8"))
     return template.render(
         card_data=_metadata(record, classes, repo_id, examination).to_yaml(),
         name=repo_id.split("/")[-1],
         repo_id=repo_id,
         record={"git_commit": None, **record, "hardware": {"gpu": None, **record["hardware"]}},
         config=config,
-        classes=[_plain(name) for name in classes],
+        classes=classes,
         grid=config.image_size // config.patch_size,
         base_model=arguments.get("model_name_or_path"),
-        per_class={_plain(name): accuracy for name, accuracy in per_class.items()},
-        worst=_plain(min(per_class, key=per_class.get)),
-        best=_plain(max(per_class, key=per_class.get)),
+        per_class=per_class,
+        worst=min(per_class, key=per_class.get),
+        best=max(per_class, key=per_class.get),
         passes=passes(record),
         transformers=next(word for word in project()["dependencies"] if word.startswith("transformers")),
         settings={

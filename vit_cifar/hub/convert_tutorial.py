@@ -82,11 +82,8 @@ def _read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
             raise ConversionError(
                 f"checkpoint: expected a state dict with tensors alone, got {type(tensor).__name__} at {name!r}: {path}"
             )
-        is_plain = tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_quantized or tensor.is_meta)
-        if not (is_plain and tensor.is_floating_point() and tensor.float().isfinite().all()):
-            raise ConversionError(
-                f"checkpoint: expected dense tensors of finite real numbers, got another at {name!r}: {path}"
-            )
+        if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized or tensor.is_meta:
+            raise ConversionError(f"checkpoint: expected dense tensors, got another kind at {name!r}: {path}")
     return tensors
 
 
@@ -108,6 +105,8 @@ def _rename(tensors: dict[str, torch.Tensor], ours: dict[str, torch.Tensor], rec
     found = "; ".join(f"{kind}: {_some(names)}" for kind, names in problems.items() if names)
     if found:
         raise ConversionError(f"checkpoint: expected the {len(shapes)} tensors of {recipe}, got some {found}")
+    if odd := [n for n, t in tensors.items() if not (t.is_floating_point() and t.float().isfinite().all())]:
+        raise ConversionError(f"checkpoint: expected finite real numbers, got others in {_some(odd)}")
     return {name: tensors[theirs[name]].view_as(ours[name]) for name in ours}
 
 

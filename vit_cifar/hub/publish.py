@@ -110,8 +110,8 @@ def build_model_repo(model_dir: str | Path, repo_id: str, folder: Path) -> None:
     if missing := [name for name in COPIED if name != RECORD_NAME and not (model_dir / name).is_file()]:
         raise PublishError(f"{model_dir}: expected {', '.join(COPIED)}, got no {', '.join(missing)}")
     record, (model, _) = read_record(model_dir), load_model(str(model_dir))
-    examination, card = read_examination(model_dir), model_card(model_dir, repo_id)
     _compare(record, {"parameters": model.num_parameters()}, "the model")
+    examination, card = read_examination(model_dir), model_card(model_dir, repo_id)
     if examination:
         tolerance = accuracy_tolerance(record["dataset"]["images"]["test"])
         _compare(record, {"test_accuracy": examination.record["test_accuracy"]}, EXAMINATION_NAME, tolerance)
