@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
     except (ValueError, ImportError, RuntimeError, StrictDataclassError) as error:
         parser.error(" ".join(str(error).split()))
 
-    number_format = "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else "float32"
+    number_format = "float32" if args.mixed_precision == "no" else f"{args.mixed_precision} autocast"
     if trainer.is_world_process_zero():
         print(start)
         print(describe_parameters(model, recipe))

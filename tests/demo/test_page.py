@@ -739,13 +739,13 @@ def test_app_serves_the_model_of_the_flag_to_this_machine_alone_and_leaves_nothi
     assert not any(cache.glob("vit-cifar-*")) and (cache / "another program's").exists()
 
 
-@pytest.mark.parametrize("prefix", [["env", "--default-signal=HUP"], ["nohup"]])
-def test_app_ends_with_its_terminal_unless_told_not_to(tiny_model_folder, tmp_path, prefix):
+@pytest.mark.parametrize(("prefix", "stays"), [(["env", "--default-signal=HUP"], False), (["nohup"], True)])
+def test_app_ends_with_its_terminal_unless_told_not_to(tiny_model_folder, tmp_path, prefix, stays):
     with served(tmp_path, *prefix, sys.executable, ROOT / "app.py", "--model", tiny_model_folder) as (app, _):
         app.send_signal(signal.SIGHUP)
         try:
-            app.wait(3 if prefix == ["nohup"] else PATIENCE)
+            app.wait(3 if stays else PATIENCE)
         except subprocess.TimeoutExpired:
-            assert prefix == ["nohup"]
+            assert stays
         else:
-            assert prefix != ["nohup"]
+            assert not stays

@@ -152,8 +152,9 @@ def caution(subject: Subject, chances: dict[str, float]) -> str:
     limit = examination.record["doubtful_below"] if examination else (1 + 1 / len(chances)) / 2
     if highest >= limit:
         return always
-    half = f"Of the held-out images that it answered with less than {limit:.0%}, at least half were wrong. "
-    half = half if examination else ""
+    half = ""
+    if examination:
+        half = f"Of the held-out images that it answered with less than {limit:.0%}, at least half were wrong. "
     return f"**It is not sure: {highest:.0%}.** {half}Perhaps your picture shows none of its classes. {always}"
 
 

@@ -1,7 +1,7 @@
 """Attention tensors -> maps over the image. Pure functions on tensors; letters as in the model file."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -127,7 +127,7 @@ def gradient_rollout(
     for attention, gradient in zip(attentions, gradients, strict=True):
         result = result + (gradient * attention).clamp_min(0).mean(dim=1) @ result  # (B, N, N)
     # The class token's own number starts at the identity's 1 and is no share beside the others.
-    return replace(_on_grid(result[:, 0], grid), to_itself=None)
+    return AttentionMap(_on_grid(result[:, 0], grid).values)
 
 
 def _check(attentions: Sequence[torch.Tensor]) -> None:
