@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from transformers import set_seed
 
 from vit_cifar import ViTCifarForImageClassification
-from vit_cifar.errors import UserError
+from vit_cifar.errors import UserError, one_line
 from vit_cifar.evaluation import records
 from vit_cifar.evaluation.metrics import evaluate
 from vit_cifar.integrity import write_checksums
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
         mean, std = processor.image_mean, processor.image_std
         trainer = ViTCifarTrainer(model, args, recipe, train_set, validation_set, mean, std)
     except (ValueError, ImportError, RuntimeError, StrictDataclassError) as error:
-        parser.error(" ".join(str(error).split()))
+        parser.error(one_line(error))
 
     number_format = "float32" if args.mixed_precision == "no" else f"{args.mixed_precision} autocast"
     if trainer.is_world_process_zero():
@@ -134,10 +134,12 @@ def load_data(recipe: RecipeArguments, image_size: int) -> tuple[ImageDataset, I
 
 
 if __name__ == "__main__":
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name need not be in the terminal's encoding
     try:
         main(sys.argv[1:])
     except (UserError, OSError, SafetensorError) as error:  # the last two: a full disk, as a rule
-        print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"train.py: error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("train.py: stopped; --resume_from_checkpoint goes on from the newest checkpoint, if any", file=sys.stderr)

@@ -12,7 +12,7 @@ from pathlib import Path
 import datasets
 from PIL import Image
 
-from vit_cifar.evaluation.records import passes, read_record, write_json
+from vit_cifar.evaluation.records import epochs_trained, read_record, write_json
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "docs" / "finetuning.json"
@@ -24,7 +24,7 @@ TRAININGS = {
     "fine-tuned": ["--model_name_or_path", MODEL, *AT_48_PX],
     "fine-tuned, frozen body": ["--model_name_or_path", MODEL, *AT_48_PX, "--freeze_body"],
     "from scratch": [*SCRATCH, "--num_train_epochs", "10"],
-    "from scratch, as many passes as nano": SCRATCH,
+    "from scratch, as many epochs as nano": SCRATCH,
 }
 
 
@@ -45,10 +45,10 @@ def make_dataset(dataset_name: str, folder: Path) -> None:
 
 def table(records: dict[str, dict]) -> str:
     """README's table as Markdown."""
-    rows = ["| | passes | test accuracy | seconds |", "|---|---|---|---|"]
+    rows = ["| | epochs | test accuracy | seconds |", "|---|---|---|---|"]
     for name, record in records.items():
         seconds = record["wall_time_seconds"]
-        rows.append(f"| {name} | {passes(record):g} | {record['test_accuracy']:.2%} | {seconds:.0f} |")
+        rows.append(f"| {name} | {epochs_trained(record):g} | {record['test_accuracy']:.2%} | {seconds:.0f} |")
     return "\n".join(rows)
 
 

@@ -94,8 +94,8 @@ def words(record: dict) -> str:
         f"On {record['hardware']['cores']} CPU cores the page gives its first prediction "
         f"{statistics.median(starts):.1f} s after `python app.py` (median of {len(starts)} starts, "
         f"{min(starts):.1f}–{max(starts):.1f}); after that a prediction with every map but occlusion takes "
-        f"{1000 * one['median']:.0f} ms from the upload to the answer and its pictures, and 95% of "
-        f"{record['predictions']} took at most {1000 * one['p95']:.0f} ms (`{record['command']}`)."
+        f"{1000 * one['median']:.0f} ms from the upload to the answer and the addresses of its pictures, and 95% of "
+        f"{record['predictions']} took at most {1000 * one['p95']:.0f} ms ([`{record['command']}`](docs/page.json))."
     )
 
 

@@ -22,17 +22,17 @@ from transformers import TrainerCallback
 
 from vit_cifar import ViTCifarForImageClassification, ViTCifarModel
 from vit_cifar.evaluation.examination import EXAMINATION_NAME
-from vit_cifar.evaluation.records import RECORD_NAME, fill_tables, passes, read_record, write_json
+from vit_cifar.evaluation.records import RECORD_NAME, epochs_trained, fill_tables, read_record, write_json
 from vit_cifar.modeling_vit_cifar import ViTCifarAttention, ViTCifarConvStem
 from vit_cifar.models import BUNDLED_MODELS, DEFAULT_MODEL
-from vit_cifar.training.augmentation import Augmentation
+from vit_cifar.training.augmentation import CUTMIX, Augmentation
 from vit_cifar.training.trainer import ViTCifarTrainer
 
 ROOT = Path(__file__).parents[1]
 LOG, PAGE = ROOT / "docs" / "recipes.json", ROOT / "docs" / "recipes.md"
 # Whole trainings that were not shipped: what was changed, and the record.
 TRIED_SPEEDRUN = {
-    "1.1 passes": "speedrun/longer.json",
+    "1.1 epochs": "speedrun/longer.json",
     "[steps.yaml](steps.yaml): 64 patches, batches of 128, shifts of 4, cutout": "speedrun/earlier.json",
 }
 TRIED_NANO = {
@@ -45,7 +45,7 @@ NANO = "patch_size=8,stem_widths=[24,64,64,192,192,192,192],num_hidden_layers=1"
 FINER = "stem_widths=[24,64,64,192,192,192]"
 # One change each; validation decides, never the test split.
 STEPS = {
-    "docs/steps.yaml, 2 passes": [],
+    "docs/steps.yaml, 2 epochs": [],
     "the same, seed 1": ["--seed", "1"],
     "the same, seed 2": ["--seed", "2"],
     "AdamW for everything": ["--optimizer", "trainer"],
@@ -82,7 +82,7 @@ def mix_up() -> None:
     """Zhang et al. 2018, arXiv:1710.09412, the share uniform, in CutMix's place."""
 
     def mix(self: Augmentation, images: torch.Tensor, others: torch.Tensor, sample_index: torch.Tensor, epoch: int):
-        mixed, _, share = self.draws(epoch)[sample_index, 5:8].unbind(1)
+        mixed, _, share, *_ = self.draws(epoch)[sample_index, CUTMIX].unbind(1)
         share = torch.where(mixed < self.cutmix_probability, share, 0)
         return images.float().lerp(others.float(), share[:, None, None, None]).to(images.dtype), 1 - share
 
@@ -183,6 +183,8 @@ def run_step(name: str, *words: str) -> None:
 
 def train(name: str, dataset_name: str, folder: Path) -> dict:
     output = folder / re.sub(r"\W+", "_", name)
+    if (output / RECORD_NAME).is_file():  # of a run of this script that was stopped
+        return read_record(output)
     words = [*BASE, *STEPS[name], "--dataset_name", dataset_name, "--dataset_title", "cifar10-jpeg-q75"]
     subprocess.run(
         [sys.executable, __file__, "step", name, *words, "--output_dir", str(output), "--disable_tqdm", "true"],
@@ -211,12 +213,12 @@ def steps(log: dict[str, dict]) -> str:
 
 def trainings(recipe: str, shipped: Path, tried: dict[str, str]) -> str:
     """The table of a recipe's whole trainings as Markdown."""
-    rows = [f"| {recipe} | passes | validation accuracy | test accuracy | minutes |", "|---|---|---|---|---|"]
+    rows = [f"| {recipe} | epochs | validation accuracy | test accuracy | minutes |", "|---|---|---|---|---|"]
     for name, path in {"as shipped": shipped, **{name: PAGE.parent / path for name, path in tried.items()}}.items():
         run = json.loads(path.read_text())
         link = os.path.relpath(path, PAGE.parent)
         rows.append(
-            f"| {name} ([record]({link})) | {passes(run):g} "
+            f"| {name} ([record]({link})) | {epochs_trained(run):g} "
             f"| {run['validation_accuracy']:.2%} | {run['test_accuracy']:.2%} "
             f"| {run['wall_time_seconds'] / 60:.1f} in {run['number_format']} |"
         )
@@ -252,9 +254,14 @@ def main(dataset_name: str | None = None, output_folder: str = "runs/steps") -> 
     log = json.loads(LOG.read_text()) if LOG.exists() else {}
     if dataset_name is not None:
         missing = [name for name in STEPS if name not in log]
+        if Path(dataset_name).exists():
+            dataset_name = str(Path(dataset_name).resolve())  # trainings run in ROOT
         with ThreadPoolExecutor(2) as pool:
-            runs = {pool.submit(train, name, dataset_name, Path(output_folder)): name for name in missing}
+            runs = {pool.submit(train, name, dataset_name, Path(output_folder).resolve()): name for name in missing}
             for run in as_completed(runs):
+                if run.exception():
+                    print(f"{runs[run]}: {run.exception()}", file=sys.stderr)
+                    continue
                 log[runs[run]] = run.result()
                 write_json(LOG, log)
                 print(f"{run.result()['validation_accuracy']:.2%}  {runs[run]}", flush=True)

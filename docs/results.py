@@ -5,11 +5,12 @@ python docs/results.py
 
 import json
 import runpy
+import statistics
 from pathlib import Path
 
 from vit_cifar import ViTCifarConfig, ViTCifarForImageClassification
 from vit_cifar.evaluation.examination import calibration_words, read_examination, trust_table
-from vit_cifar.evaluation.records import RECORD_NAME, fill_tables, read_record, results_row
+from vit_cifar.evaluation.records import RECORD_NAME, epochs_trained, fill_tables, read_record, time_and_machine
 from vit_cifar.hub.card import PICTURE_NAME, card_picture, model_card
 from vit_cifar.hub.publish import CARD_NAME
 from vit_cifar.models import BUNDLED_MODELS, DEFAULT_MODEL
@@ -66,6 +67,27 @@ def runs() -> dict[str, list[tuple[str, dict]]]:
     return rows
 
 
+def results_row(name: str, runs: list[tuple[str, dict]]) -> str:
+    """A row of README's results in Markdown: one training, or the mean of several that differ in the seed alone.
+
+    Args:
+        runs: (path of the record from the repository's root, the record).
+    """
+    first = runs[0][1]
+    if len(runs) == 1:
+        accuracy = f"{first['test_accuracy']:.2%} (n = 1, seed {first['seed']})"
+        name = f"[{name}]({runs[0][0]})"
+    else:
+        found = [record["test_accuracy"] for _, record in runs]
+        seeds = ", ".join(f"[{record['seed']}]({path})" for path, record in runs)
+        accuracy = f"{statistics.mean(found):.2%} ± {statistics.stdev(found):.2%} (n = {len(runs)}, seeds {seeds})"
+    time = {"wall_time_seconds": statistics.mean(record["wall_time_seconds"] for _, record in runs)}
+    return (
+        f"| {name} | {first['parameters']:,} | {epochs_trained(first):g} | {accuracy} "
+        f"| {time_and_machine(first | time)} | {first['dataset']['name']} |"
+    )
+
+
 def not_run_yet(name: str) -> str:
     recipe, args, _ = parse_arguments(["--recipe", name, "--output_dir", "unused"])
     parameters = ViTCifarForImageClassification(ViTCifarConfig(**recipe.model)).num_parameters()
@@ -74,7 +96,7 @@ def not_run_yet(name: str) -> str:
 
 def results() -> str:
     """The trainings as Markdown: a row each, and the commands folded away below them."""
-    rows = ["| model | parameters | passes | test accuracy | time | dataset |", "|---|---|---|---|---|---|"]
+    rows = ["| model | parameters | epochs | test accuracy | time | dataset |", "|---|---|---|---|---|---|"]
     trainings = runs()
     rows += [results_row(name, found) for name, found in trainings.items()]
     rows += [not_run_yet(name) for name in NOT_RUN_YET]
@@ -88,16 +110,16 @@ def results() -> str:
 
 
 def speed() -> str:
-    """The benchmark's ratios on two machines that have bf16 units and on one that has none, as Markdown."""
-    record, older, without, preloaded = (
-        json.loads((ROOT / "docs" / f"benchmark{name}.json").read_text())
-        for name in ("", "_older", "_float32", "_tcmalloc")
+    """The benchmark's ratios on processors with AVX-512 BF16, with AMX and without bf16 units, as Markdown."""
+    record, older, amx, without, preloaded = (
+        _benchmark(name) for name in ("", "_older", "_amx", "_float32", "_tcmalloc")
     )
     other = _rates(preloaded)["vit-cifar, train.py, bf16"]["images_per_second"]
     others = ", ".join(f"{item['median']:.2f}×" for item in preloaded["ratios"][:4])
     notes = [
-        f"The commands: {_commands(record, older)}. The machines have {record['hardware']['cores']} CPU cores and are "
-        f"named here by their measured rate of bf16 matrix products. Batch {record['batch_size']['training']} in "
+        f"The commands: {_commands(record, older)}. The machines have {record['hardware']['cores']} CPU cores with "
+        "AVX-512 BF16 and are named here by their measured rate of bf16 matrix products. In bf16 ours keeps the tokens "
+        "between layers in bf16, the others in float32. Batch {record['batch_size']['training']} in "
         f"training and {record['batch_size']['inference']} in inference; the median of {record['rounds']} and "
         f"{older['rounds']} rounds, their spread.",
         "In bf16 on a CPU `train.py` writes attention out (`eager`), because the fused kernel's backward pass is slow "
@@ -106,8 +128,8 @@ def speed() -> str:
         f"At {_product_rate(record)} {_shares(record)}",
         f"At {_product_rate(older)} {_shares(older)}",
         "glibc's allocator gives freed memory back and fetches it anew in each step; `train.py` keeps it, which the "
-        f"others do not. The figures at {_product_rate(older)} were measured with this, those at "
-        f"{_product_rate(record)} are older and without it.",
+        f"others do not. The figures at {_product_rate(record)} and at {_product_rate(without)} are older and "
+        "without it.",
         "Another allocator is an option: with tcmalloc's library (Debian's `libtcmalloc-minimal4`) in `LD_PRELOAD` for "
         f"all, and without the above, the machine of {_product_rate(record)} gave {other:.0f} images/s for our "
         f"training step at commit {preloaded['git_commit'][:7]}, and {others} in the first four rows.",
@@ -115,11 +137,20 @@ def speed() -> str:
     parts = [
         _ratios(record, older),
         "\n".join(f"- {note}" for note in notes),
+        "A processor with AMX. Its matrix products are so fast that what lies between them, softmax, activations and "
+        "copies, takes most of a step:",
+        _ratios(amx),
+        f"{_commands(amx)}. At {_product_rate(amx)} {_shares(amx)}",
         "A processor without bf16 units, where `train.py` and the benchmark choose float32 by themselves:",
         _ratios(without),
         f"{_commands(without)}. At {_product_rate(without)} of float32 matrix products {_shares(without)}",
     ]
     return "\n\n".join(parts)
+
+
+def _benchmark(name: str) -> dict:
+    path = f"docs/benchmark{name}.json"
+    return json.loads((ROOT / path).read_text()) | {"path": path}
 
 
 def _ratios(*records: dict) -> str:
@@ -143,7 +174,9 @@ def _rates(found: dict) -> dict[str, dict]:
 
 
 def _commands(*records: dict) -> str:
-    return " and ".join(f"`{found['command']}` at commit {found['git_commit'][:7]}" for found in records)
+    return " and ".join(
+        f"[`{found['command']}`]({found['path']}) at commit {found['git_commit'][:7]}" for found in records
+    )
 
 
 def _product_rate(found: dict) -> str:
@@ -155,8 +188,8 @@ def _shares(found: dict) -> str:
     pipeline = found["input_pipeline"]
     large, own_shape = (found["share_of_matmul_rate"][shape] for shape in ("2048 x 2048 x 2048", "the MLP's own"))
     return (
-        f"our training step reaches {large:.0%} of that rate and {own_shape:.0%} of that of products in its own MLP's "
-        f"shape; the input pipeline is {pipeline['share_of_a_step']:.2%} of a step and "
+        f"our training step reaches {large:.0%} of that rate and {own_shape:.0%} of that of forward products in its "
+        f"own MLP's shape; the input pipeline is {pipeline['share_of_a_step']:.2%} of a step and "
         f"{pipeline['ratio']['median']:.0f} times as fast as per-image PIL transforms."
     )
 

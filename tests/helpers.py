@@ -1,6 +1,7 @@
 """Functions that tests share."""
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -75,12 +76,12 @@ def new_environment(folder: Path, *requirements: str) -> Path:
 
 @contextmanager
 def served(folder: Path, *command: object, **environment: str) -> Iterator[tuple[subprocess.Popen, str]]:
-    """The process of a command that serves the page, run in `folder`, and the page's address."""
+    """The process of a command that serves the page, run in `folder`, and the address that it prints."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    log, url = folder / "page.log", f"http://127.0.0.1:{port}"
-    settings = {"GRADIO_SERVER_PORT": str(port), "HF_HUB_OFFLINE": "1"} | environment
+    log = folder / "page.log"
+    settings = {"GRADIO_SERVER_PORT": str(port), "GRADIO_TEMP_DIR": str(folder), "HF_HUB_OFFLINE": "1"} | environment
     with log.open("w") as file:
         process = subprocess.Popen(
             [str(word) for word in command],
@@ -91,10 +92,10 @@ def served(folder: Path, *command: object, **environment: str) -> Iterator[tuple
         )
     try:
         deadline = monotonic() + 3 * PATIENCE
-        while url not in log.read_text():
+        while not (said := re.search(r"http://127\.0\.0\.1:\d+", log.read_text())):
             assert process.poll() is None and monotonic() < deadline, log.read_text()
             sleep(0.2)
-        yield process, url
+        yield process, said[0]
     finally:
         process.kill()
         process.wait()

@@ -714,9 +714,12 @@ def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant):
     fields = {"drop_path_rate": 0.3, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
     plain, checkpointed = build(**fields), build(**fields)
     checkpointed.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    calls = []
+    checkpointed.vit.layers[0].layernorm_before.register_forward_hook(lambda *_: calls.append(1))
     expected = gradients(plain)
     for name, gradient in gradients(checkpointed).items():
         assert_near(gradient, expected[name])
+    assert len(calls) == 2  # the backward pass computes it again
 
 
 def test_maps_and_their_gradients_with_gradient_checkpointing():

@@ -28,7 +28,12 @@ import vit_cifar
 print(sorted({"gradio", "datasets", "matplotlib", "captum", "onnx", "typer"} & set(sys.modules)))
 """
     finished = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, env=os.environ, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=os.environ | {"HF_HUB_OFFLINE": "0"},  # otherwise a call of the Hub would not get as far as a socket
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.strip() == "[]"

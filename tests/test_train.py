@@ -1,13 +1,13 @@
 """train.py as its users run it: in a process of its own."""
 
 import json
-import os
 import shutil
 import signal
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from helpers import run, run_elsewhere, start
@@ -56,7 +56,7 @@ def test_the_record_is_whole(smoke_folder):
     assert record["wall_time_seconds"] > 0 and record["images_per_second"] > 0
     assert record["weights_sha256"] == weights_sha256(smoke_folder)
     assert {"torch", "transformers", "python"} <= set(record["versions"])
-    assert record["hardware"]["cores"] == os.cpu_count()
+    assert record["hardware"]["cores"] == psutil.cpu_count(logical=False)
     assert len(record["git_commit"].removesuffix("+changes")) == 40
 
 
@@ -175,7 +175,7 @@ def test_a_finished_training_is_not_overwritten(smoke_folder):
         (["--config_overrides", "num_channels=1"], "num_channels: expected 3, as images are decoded to RGB, got 1"),
         (
             ["--config_overrides", "num_labels=5"],
-            "config fields: expected the classes to be the data's, got num_labels",
+            "config fields: expected none of the classes, which are the dataset's, got num_labels",
         ),
         (["--max_shift", "32"], "max_shift: expected less than the images' 32 pixels, got 32"),
         (["--optim", "adafactor"], "optim: expected --optimizer trainer with it, got muon"),
@@ -289,6 +289,8 @@ def two_classes(tmp_path) -> Path:
             folder = tmp_path / "data" / split / name
             folder.mkdir(parents=True, exist_ok=True)
             to_pil_image(image).resize((40, 40)).save(folder / f"{row}.png")
+    for row, path in enumerate(sorted(tmp_path.glob("data/train/animal/*.png"))[:3]):
+        shutil.copy(path, tmp_path / "data" / "test" / "animal" / f"twice_{row}.png")
     return tmp_path / "data"
 
 
@@ -305,6 +307,9 @@ def test_a_trained_model_learns_other_classes_at_another_size(smoke_folder, two_
     processor = AutoImageProcessor.from_pretrained(tmp_path / "mine")
     assert (model.config.image_size, dict(processor.size)["height"]) == (48, 48)
     record = read_record(tmp_path / "mine")
+    twice = record["dataset"]["test_images_in_train"]
+    assert 1 <= twice <= 3  # of the three, some may be held out for validation
+    assert f"{twice} of 203 test images are training images too" in finished.stdout
     assert evaluate(model, processor, load_split(str(two_classes), "test", 48)).accuracy == record["test_accuracy"]
     assert record["arguments"]["model_name_or_path"] == smoke_folder.name
     assert record["arguments"]["model_revision"] == weights_sha256(smoke_folder)

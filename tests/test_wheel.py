@@ -12,7 +12,7 @@ from helpers import ROOT, new_environment, open_when_served, run
 from vit_cifar import __version__
 from vit_cifar.models import BUNDLED_MODELS, DEFAULT_MODEL
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]  # torch is downloaded anew
 NANO = BUNDLED_MODELS / DEFAULT_MODEL
 
 

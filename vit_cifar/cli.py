@@ -8,31 +8,33 @@ from typing import Annotated
 
 import typer
 
-from .errors import UserError
+from .errors import UserError, one_line
 
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
+    # --dataset_name, as train.py and the records spell it, is --dataset-name.
+    context_settings={"token_normalize_func": lambda name: name.replace("_", "-")},
     help="Use a ViT-CIFAR model, look inside it, measure it, publish it.",
 )
 
-ModelOption = Annotated[
-    str | None,
-    typer.Option("--model", help="Model folder, user/name or user/name@revision; left out, the one in the checkout."),
-]
+MODEL_HELP = "Model folder or Hub id (user/name or user/name@revision); if omitted, the model in the checkout."
+ModelOption = Annotated[str | None, typer.Option("--model", help=MODEL_HELP)]
 ImageColumnOption = Annotated[
-    str | None, typer.Option("--image_column", "--image-column", help="Left out, the only column of type Image.")
+    str | None, typer.Option(help="Column with the images; if omitted, the only one of type Image.")
 ]
 LabelColumnOption = Annotated[
-    str | None, typer.Option("--label_column", "--label-column", help="Left out, the only column of type ClassLabel.")
+    str | None, typer.Option(help="Column with the labels; if omitted, the only one of type ClassLabel.")
 ]
-RepoOption = Annotated[str, typer.Option("--repo-id", "--repo_id", help="The repository on the Hub, as in user/name.")]
+RepoOption = Annotated[str, typer.Option(help="The repository on the Hub, as in user/name.")]
 PushOption = Annotated[
-    bool, typer.Option("--push", help="Upload, as one commit; left out, nothing leaves this machine.")
+    bool, typer.Option("--push", help="Upload the result as one commit; without it nothing leaves this machine.")
 ]
-PrivateOption = Annotated[bool, typer.Option("--private", help="Make a new repository that only you can see.")]
-KeepOption = Annotated[Path | None, typer.Option("--output", "-o", help="A new folder to keep what was made.")]
+PrivateOption = Annotated[bool, typer.Option("--private", help="If the repository is new, make it private.")]
+KeepOption = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Keep the files that were built in this new folder.")
+]
 
 
 @app.command()
@@ -62,13 +64,9 @@ def predict(
 
 @app.command()
 def evaluate(
-    model: Annotated[
-        str | None,
-        typer.Argument(help="Model folder, user/name or user/name@revision; left out, the one in the checkout."),
-    ] = None,
+    model: Annotated[str | None, typer.Argument(help=MODEL_HELP)] = None,
     dataset_name: Annotated[
-        str | None,
-        typer.Option("--dataset_name", "--dataset-name", help="Hub id, local folder, or `sample`; left out, CIFAR-10."),
+        str | None, typer.Option(help="Hub id, local folder, or `sample`; if omitted, CIFAR-10.")
     ] = None,
     split: Annotated[str, typer.Option(help="The split to measure on.")] = "test",
     image_column: ImageColumnOption = None,
@@ -103,11 +101,17 @@ def explain(
     method: Annotated[
         str, typer.Option(help="attention, rollout, gradient rollout, occlusion or random.")
     ] = "attention",
-    layer: Annotated[int | None, typer.Option(help="For attention: from 1; left out, the last.")] = None,
-    head: Annotated[str, typer.Option(help="For attention: from 1, or mean or max over heads.")] = "mean",
+    layer: Annotated[
+        int | None, typer.Option(help="Counted from 1 (method attention only); if omitted, the last.")
+    ] = None,
+    head: Annotated[
+        str, typer.Option(help="Counted from 1, or mean or max over all heads (method attention only).")
+    ] = "mean",
     class_name: Annotated[
         str | None,
-        typer.Option("--class", help="For gradient rollout and occlusion: the class to explain; left out, the answer."),
+        typer.Option(
+            "--class", help="The class to explain (gradient rollout and occlusion only); if omitted, the answer."
+        ),
     ] = None,
 ) -> None:
     """Draw where the model looks, as PNG files that say in their metadata what they show."""
@@ -142,11 +146,9 @@ def examine(
     folder: Annotated[Path, typer.Argument(help="A model folder with its training record.", show_default=False)],
     dataset_name: Annotated[
         str | None,
-        typer.Option(
-            "--dataset_name", "--dataset-name", help="Hub id or local folder; left out, what the record names."
-        ),
+        typer.Option(help="Hub id or local folder; if omitted, the one in the record."),
     ] = None,
-    images: Annotated[int, typer.Option(min=2, help="Test images that the maps are tried on.")] = 500,
+    images: Annotated[int, typer.Option(min=2, help="How many test images to measure the maps on.")] = 500,
 ) -> None:
     """Measure mistakes, calibration and how far each kind of map can be trusted; kept beside the weights."""
     from datasets import disable_progress_bars
@@ -166,9 +168,9 @@ def benchmark(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the record into this new JSON file.")
     ] = None,
-    batch_size: Annotated[int, typer.Option("--batch_size", "--batch-size", min=1, help="Of a training step.")] = 128,
-    rounds: Annotated[int, typer.Option(min=1, help="How often each takes its turn.")] = 5,
-    steps: Annotated[int, typer.Option(min=1, help="Steps in a turn.")] = 3,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images in a training step.")] = 128,
+    rounds: Annotated[int, typer.Option(min=1, help="How many times each model is timed.")] = 5,
+    steps: Annotated[int, typer.Option(min=1, help="Steps in a round.")] = 3,
 ) -> None:
     """Time training and inference beside a plain loop, transformers' ViT and timm's, in turns in one process."""
     from .evaluation.benchmark import benchmark as measure
@@ -201,14 +203,15 @@ def convert_tutorial(
 def export(
     model: Annotated[str, typer.Argument(help="Model folder or Hub id.", show_default=False)],
     kind: Annotated[
-        str, typer.Option("--format", help="onnx, or vit: a folder for transformers' own ViT.", show_default=False)
+        str,
+        typer.Option(
+            "--format", help="onnx, or vit for a folder that transformers' own ViT loads.", show_default=False
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="A new folder.", show_default=False)],
     dataset_name: Annotated[
         str | None,
-        typer.Option(
-            "--dataset_name", "--dataset-name", help="Measure what was exported on its test split; as in evaluate."
-        ),
+        typer.Option(help="Also measure the exported model on the test split of this dataset; as in evaluate."),
     ] = None,
     image_column: ImageColumnOption = None,
     label_column: LabelColumnOption = None,
@@ -226,18 +229,14 @@ def publish(
     repo_id: RepoOption,
     push: PushOption = False,
     private: PrivateOption = False,
-    revision: Annotated[str | None, typer.Option(help="A branch to push to; left out, main.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to; if omitted, main.")] = None,
     dataset_name: Annotated[
         str | None,
-        typer.Option(
-            "--dataset_name",
-            "--dataset-name",
-            help="To evaluate on again; left out, what the record names, if it can be had.",
-        ),
+        typer.Option(help="To check the accuracy on; if omitted, the one in the record, if it is available."),
     ] = None,
     output: KeepOption = None,
 ) -> None:
-    """Make a Hub repository of a model folder, check it as a stranger will use it, and with --push upload it."""
+    """Make a Hub repository of a model folder, check that it answers without this package, with --push upload it."""
     from .hub.publish import publish as make
 
     make(model_dir, repo_id, push, private, revision, dataset_name, output)
@@ -246,10 +245,10 @@ def publish(
 @app.command()
 def publish_space(
     repo_id: RepoOption,
-    model_id: Annotated[str, typer.Option("--model-id", "--model_id", help="The model on the Hub, as in user/name.")],
+    model_id: Annotated[str, typer.Option(help="The model on the Hub, as in user/name.")],
     model_revision: Annotated[
         str | None,
-        typer.Option("--model-revision", "--model_revision", help="Branch, tag or commit; its commit gets pinned."),
+        typer.Option(help="Branch, tag or commit; its commit gets pinned."),
     ] = None,
     push: PushOption = False,
     private: PrivateOption = False,
@@ -266,7 +265,7 @@ def demo(
     model: Annotated[
         str | None,
         typer.Option(
-            "--model", envvar="MODEL_ID", help="Model folder or Hub id; left out, every model in the checkout."
+            "--model", envvar="MODEL_ID", help="Model folder or Hub id; if omitted, every model in the checkout."
         ),
     ] = None,
 ) -> None:
@@ -276,7 +275,7 @@ def demo(
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise
-        raise UserError('the page needs gradio: pip install "vit-cifar[demo]"') from error
+        raise UserError('the page: expected gradio, got none: pip install "vit-cifar[demo]"') from error
     serve(model or None)
 
 
@@ -304,5 +303,5 @@ def main() -> None:
     try:
         app()
     except (UserError, OSError, SafetensorError) as error:  # the last two: a full disk, a folder not ours to write
-        print(f"vit-cifar: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"vit-cifar: {one_line(error)}", file=sys.stderr)
         sys.exit(2)

@@ -26,8 +26,8 @@ class ViTCifarConfig(PreTrainedConfig):
             with max pooling between them (Xiao et al. 2021, arXiv:2106.14881).
         stem_widths (`list[int]`, *optional*):
             Number of filters of each convolution of `conv_stem`, the last of them `hidden_size`; pooling halves the
-            image after every second one until a position is a patch. Left out: two convolutions for each scale, twice
-            as wide from scale to scale.
+            image after every second one until a position is a patch. By default two convolutions per scale, whose
+            width doubles at each scale.
         position_embedding (`"learned"` or `"sinusoidal"`, defaults to `"learned"`):
             A learned table, or the fixed one of Vaswani et al. 2017 (arXiv:1706.03762, section 3.5).
         attention_output_projection (`bool`, defaults to `True`):
@@ -44,7 +44,7 @@ class ViTCifarConfig(PreTrainedConfig):
         ValueError: at construction, in one line with field, expected and got, for sizes below 1, probabilities
             outside 0..1, unknown words, heads that do not divide the width, patches that do not divide the image,
             `num_labels` that disagrees with `id2label`, class numbers with a gap, and a keyword that looks like
-            a misspelt field.
+            a misspelt field. huggingface_hub's `StrictDataclassFieldValidationError`: a value of the wrong type.
 
     Example:
 

@@ -12,8 +12,9 @@ from .errors import UserError
 
 SUMS_NAME = "SHA256SUMS"
 LAST_LINE = "# end"  # a comment to sha256sum; without it the list itself is cut
+WEIGHTS_NAME, MISTAKES_NAME = "model.safetensors", "mistakes.parquet"
 # What programs read of a model folder and, beside that, of a checkpoint. Not the card, which may be edited on the Hub.
-MODEL_FILES = ("*.json", "*.py", "model.safetensors", "mistakes.parquet")
+MODEL_FILES = ("*.json", "*.py", WEIGHTS_NAME, MISTAKES_NAME)
 CHECKPOINT_FILES = ("*.pt", "*.pth", "*.bin")
 
 

@@ -79,7 +79,7 @@ def load_model(name: str | None = None) -> tuple[ViTCifarForImageClassification,
 
 
 def default_device() -> torch.device:
-    """Where a model that is only asked runs."""
+    """The device for inference: the GPU if there is one of CUDA or ROCm, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -1,6 +1,7 @@
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -230,7 +231,7 @@ def test_of_many_classes_the_mistakes_are_chosen_by_name(subject, monkeypatch):
     table, words = 'class="confusion"', "Choose a class and an answer to see its images"
     shown = str(build_page([subject]).get_config_file())
     assert table in shown and words not in shown
-    monkeypatch.setattr(tabs, "MOST_IN_TABLE", 9)
+    monkeypatch.setattr(tabs, "MAX_IN_TABLE", 9)
     shown = str(build_page([subject]).get_config_file())
     assert table not in shown and words in shown
 
@@ -720,7 +721,7 @@ def test_app_without_gradio_says_what_to_install():
     hidden = "import sys, runpy; sys.modules['gradio'] = None; sys.argv = ['app.py']; "
     finished = run(sys.executable, "-c", hidden + "runpy.run_path('app.py', run_name='__main__')")
     assert finished.returncode == 2
-    assert finished.stderr == 'vit-cifar: the page needs gradio: pip install "vit-cifar[demo]"\n'
+    assert finished.stderr == 'vit-cifar: the page: expected gradio, got none: pip install "vit-cifar[demo]"\n'
 
 
 def test_app_serves_the_model_of_the_flag_to_this_machine_alone_and_leaves_nothing(tiny_model_folder, tmp_path):
@@ -728,12 +729,19 @@ def test_app_serves_the_model_of_the_flag_to_this_machine_alone_and_leaves_nothi
     cache = tmp_path / "cache"
     cache.mkdir()
     (cache / "another program's").touch()
-    with served(tmp_path, *command, MODEL_ID="not/this-one", GRADIO_TEMP_DIR=str(cache)) as (app, url):
-        config = httpx.get(f"{url}/config", timeout=PATIENCE).json()
-        listening = [c.laddr.ip for c in psutil.Process(app.pid).net_connections() if c.status == psutil.CONN_LISTEN]
-        assert any(cache.glob("vit-cifar-*/*"))
-        app.terminate()
-        app.wait(PATIENCE)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        environment = {"MODEL_ID": "not/this-one", "GRADIO_TEMP_DIR": str(cache), "GRADIO_SERVER_PORT": port}
+        with served(tmp_path, *command, **environment) as (app, url):
+            config = httpx.get(f"{url}/config", timeout=PATIENCE).json()
+            connections = psutil.Process(app.pid).net_connections()
+            assert any(cache.glob("vit-cifar-*/*"))
+            app.terminate()
+            app.wait(PATIENCE)
+    listening = [connection.laddr.ip for connection in connections if connection.status == psutil.CONN_LISTEN]
+    assert not url.endswith(f":{port}")  # which another program has
     assert tiny_model_folder.name in config["title"], json.dumps(config["title"])
     assert listening and set(listening) == {"127.0.0.1"}
     assert not any(cache.glob("vit-cifar-*")) and (cache / "another program's").exists()

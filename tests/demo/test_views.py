@@ -3,12 +3,11 @@ import re
 import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import copy_to_change
+from helpers import ROOT, copy_to_change
 from PIL import Image
 
 from vit_cifar import cli
@@ -21,7 +20,7 @@ from vit_cifar.explain.pictures import UNITS, explain_image, map_options
 from vit_cifar.images import open_image
 from vit_cifar.models import BUNDLED_MODELS, DEFAULT_MODEL, ModelError
 
-EXAMPLE = "vit_cifar/demo/assets/examples/ship.png"
+EXAMPLE = ROOT / "vit_cifar/demo/assets/examples/ship.png"
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +44,7 @@ def test_a_model_saved_in_bf16_is_explained_in_float32(subject, tmp_path, capsys
     subject.processor.save_pretrained(tmp_path)
     (rounded,) = load_subjects(str(tmp_path))
     assert rounded.model.dtype == torch.float32
-    cli.explain([Path(EXAMPLE)], tmp_path / "map.png", model=str(tmp_path), method="occlusion")
+    cli.explain([EXAMPLE], tmp_path / "map.png", model=str(tmp_path), method="occlusion")
     options = map_options(rounded.model.config, "occlusion")
     expected = explain_image(rounded.model, rounded.processor, open_image(EXAMPLE), tmp_path.name, **options)
     assert capsys.readouterr().out == f"{EXAMPLE}: {expected}\n"
@@ -57,7 +56,9 @@ def test_every_head_of_every_layer_has_its_place_in_the_strip(subject, pixel_val
     layers, heads = subject.model.config.num_hidden_layers, subject.model.config.num_attention_heads
     for layer in range(layers):
         for column, head in enumerate(["mean", *range(heads)]):
-            expected = colour_overlay(cls_map(seen.attentions, layer, head).values, subject.seen(pixel_values))[0]
+            expected = colour_overlay(cls_map(seen.attentions, layer, head).values, subject.denormalize(pixel_values))[
+                0
+            ]
             top, left = 24 + layer * 100, 24 + column * 100
             assert (sheet[:, top : top + 96 : 3, left : left + 96 : 3] - expected).abs().max() < 1 / 250
 
@@ -73,7 +74,7 @@ def test_hidden_patches_are_painted_over_before_the_model_sees_them(subject, pix
     index = before.argmax().item()
     change = f"**{subject.classes[index]}** {before[index]:.0%} → {after[index]:.0%}"
     assert said == f"3 of {rows * columns} patches hidden: {change}"
-    assert (as_pixels(picture)[:, ::8, ::8] - subject.seen(painted)[0]).abs().max() < 1 / 250
+    assert (as_pixels(picture)[:, ::8, ::8] - subject.denormalize(painted)[0]).abs().max() < 1 / 250
 
 
 def test_the_next_patch_is_the_largest_of_those_still_shown(subject, pixel_values):
@@ -169,7 +170,7 @@ def test_mistakes_are_the_rows_of_that_pair_the_surest_first(subject):
             assert np.array_equal(np.asarray(picture)[::4, :128:4], np.asarray(row["image"]))
             seen = subject.look(subject.pixels(row["image"]), answer)
             assert seen.logits.argmax().item() == pair[1]
-            drawn = colour_overlay(METHODS["gradient rollout"](seen).values, subject.seen(seen.pixel_values))[0]
+            drawn = colour_overlay(METHODS["gradient rollout"](seen).values, subject.denormalize(seen.pixel_values))[0]
             assert (as_pixels(picture)[:, ::4, 128::4] - drawn).abs().max() < 1 / 100
 
 

@@ -12,7 +12,7 @@ import pytest
 from helpers import ROOT, run
 
 from vit_cifar.evaluation.examination import read_examination
-from vit_cifar.evaluation.records import results_row, time_and_machine
+from vit_cifar.evaluation.records import time_and_machine
 from vit_cifar.models import BUNDLED_MODELS, DEFAULT_MODEL
 from vit_cifar.training.arguments import RECIPES
 
@@ -46,7 +46,7 @@ def test_readmes_example_prints_what_it_says():
 def test_a_row_of_several_seeds_is_their_mean_and_deviation():
     path, record = RESULTS["runs"]()["vit-cifar10-nano"][0]
     found = [(f"{path}{seed}", record | {"seed": seed, "test_accuracy": 0.80 + seed / 100}) for seed in (0, 1, 2)]
-    row = results_row("three", found)
+    row = RESULTS["results_row"]("three", found)
     assert f"81.00% ± 1.00% (n = 3, seeds [0]({path}0), [1]({path}1), [2]({path}2))" in row
 
 

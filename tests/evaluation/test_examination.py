@@ -15,7 +15,7 @@ from vit_cifar.evaluation.examination import (
     read_examination,
     write_examination,
 )
-from vit_cifar.evaluation.metrics import evaluate
+from vit_cifar.evaluation.metrics import calibration_error, doubtful_below, evaluate, fit_temperature
 from vit_cifar.explain.perturbation import METHODS, deletion_insertion, look
 from vit_cifar.integrity import check_checksums
 from vit_cifar.models import BUNDLED_MODELS, DEFAULT_MODEL, load_model
@@ -31,15 +31,19 @@ def found() -> Examination:
 
 def test_numbers_are_those_of_the_model(found):
     model, processor = load_model()
-    test = load_split("sample", "test")
-    result = evaluate(model, processor, test)
+    held_out, test = load_split("sample", "train"), load_split("sample", "test")
+    result, before = evaluate(model, processor, test), evaluate(model, processor, held_out)
     record = found.record
+    assert record["temperature"] == pytest.approx(fit_temperature(before.logits, held_out.labels))
+    assert record["doubtful_below"] == pytest.approx(doubtful_below(before.logits.softmax(-1), held_out.labels))
     assert record["test_accuracy"] == result.accuracy
     assert torch.equal(torch.tensor(record["confusion"]), result.confusion)
     calibrations = record["calibration"]
     for name, temperature in (("as trained", 1.0), ("with temperature", record["temperature"])):
         loss = torch.nn.functional.cross_entropy(result.logits / temperature, test.labels).item()
         assert calibrations[name]["loss"] == pytest.approx(loss)
+        error = calibration_error((result.logits / temperature).softmax(-1), test.labels)
+        assert calibrations[name]["calibration_error"] == pytest.approx(error)
         assert sum(point["images"] for point in calibrations[name]["reliability"]) == len(test)
 
 

@@ -8,19 +8,19 @@ from vit_cifar.evaluation.records import (
     RECORD_NAME,
     accuracy_tolerance,
     epoch_log,
+    epochs_trained,
     fill_tables,
     git_commit,
-    passes,
     public_command,
     read_record,
     write_json,
 )
 
 
-def test_the_passes_of_a_record_are_those_that_were_made():
+def test_the_epochs_of_a_record_are_those_that_were_trained():
     rows = [{"epoch": 1}, {"epoch": 1.5}]  # ended by max_steps
-    assert passes({"epoch_selected_on": "validation", "epochs": rows, "kept_epoch": 1}) == 1.5
-    assert passes({"epoch_selected_on": None, "epochs": rows, "kept_epoch": 1.5}) == 1.5
+    assert epochs_trained({"epoch_selected_on": "validation", "epochs": rows, "kept_epoch": 1}) == 1.5
+    assert epochs_trained({"epoch_selected_on": None, "epochs": rows, "kept_epoch": 1.5}) == 1.5
 
 
 @pytest.mark.parametrize(("images", "tolerated"), [(10_000, 10), (1_000, 2), (100, 2)])

@@ -5,6 +5,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT
 from PIL import Image
 
 from vit_cifar.explain.overlay import figure_with_colourbar
@@ -13,7 +14,7 @@ from vit_cifar.explain.pictures import UNITS, draw_overlays, explain_image, file
 from vit_cifar.images import open_image
 from vit_cifar.models import load_model
 
-EXAMPLE = "vit_cifar/demo/assets/examples/ship.png"
+EXAMPLE = ROOT / "vit_cifar/demo/assets/examples/ship.png"
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def test_a_class_is_found_by_the_name_that_it_is_shown_by(model_and_processor, m
     monkeypatch.setattr(model.config, "id2label", {index: f"kind {index}" for index in range(10)})
     options = map_options(model.config, "occlusion", class_name="kind 3")
     explanation = explain_image(model, processor, open_image(EXAMPLE), "a-model", **options)
-    assert explanation.said()["class"] == "kind 3"
+    assert explanation.metadata()["class"] == "kind 3"
 
 
 def test_layer_and_head_count_from_one(tiny_model_folder):

@@ -19,6 +19,7 @@ from vit_cifar.models import BUNDLED_MODELS, DEFAULT_MODEL
 
 NANO = BUNDLED_MODELS / DEFAULT_MODEL
 REPO_ID = "user/name"
+ACCURACY = read_record(NANO)["test_accuracy"]
 
 
 @pytest.fixture
@@ -131,7 +132,7 @@ def test_remote_code_that_answers_otherwise_is_refused(built):
     ("old", "new", "message"),
     [
         ("license: apache-2.0\n", "", "got no license"),
-        ("value: 0.9012", "value: 0.95", r"expected the record's accuracy 0.9012, got \[0.95\]"),
+        (f"value: {ACCURACY}", "value: 0.95", rf"expected the record's accuracy {ACCURACY}, got \[0.95\]"),
         ("(overlays.png)", "(elsewhere.png)", "got elsewhere.png"),
         ("## Citation", "[More Information Needed]", "every section to be filled"),
     ],
@@ -157,7 +158,8 @@ def test_a_record_that_the_dataset_contradicts_is_refused(smoke_folder, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("parameters", 7), ("test_accuracy", 90.12), ("test_accuracy", None), ("test_loss", "low")]
+    ("name", "value"),
+    [("parameters", 7), ("test_accuracy", 100 * ACCURACY), ("test_accuracy", None), ("test_loss", "low")],
 )
 def test_a_record_that_cannot_be_is_refused(model_dir, tmp_path, name, value):
     (model_dir / RECORD_NAME).write_text(json.dumps(read_record(model_dir) | {name: value}))

@@ -57,11 +57,12 @@ def test_a_recipe_can_be_a_file_and_numbers_may_be_written_as_1e_3(tmp_path):
     assert recipe.model == {"hidden_size": 48}
 
 
-def test_number_format_is_the_machines_and_can_be_overridden(tmp_path, monkeypatch):
+@pytest.mark.parametrize("units", ["avx512_bf16", "amx_bf16"])
+def test_number_format_is_the_machines_and_can_be_overridden(tmp_path, monkeypatch, units):
     nano = ("--recipe", "nano", "--output_dir", tmp_path)
     assert parse(*nano)[1].bf16 == machine_supports_bf16()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {units: True})
     assert parse(*nano)[1].bf16
     assert parse(*nano, "--fp16", "false")[1].bf16
     assert not parse(*nano, "--bf16", "false")[1].bf16
@@ -93,15 +94,13 @@ def test_the_best_epoch_is_the_best_by_its_metric(tmp_path, recipe, metric, grea
 def test_with_use_cpu_the_processor_chooses_the_number_format_not_the_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "amx_tile": True, "amx_bf16": False})
     assert machine_supports_bf16() and not machine_supports_bf16(use_cpu=True)
 
 
 def test_a_machine_without_bf16_units_trains_in_float32(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "amx_tile": True, "amx_bf16": False})
     assert not parse("--recipe", "nano", "--output_dir", tmp_path)[1].bf16
 
 

@@ -1,6 +1,7 @@
 import errno
 import io
 import sys
+from dataclasses import replace
 
 import datasets
 import pytest
@@ -28,7 +29,19 @@ from vit_cifar.training.data import (
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     return tmp_path / "cache" / "vit_cifar"
+
+
+def test_a_dataset_of_other_labels_classes_or_pixels_has_another_digest():
+    found = load_split("sample", "train")
+    others = [
+        {"labels": found.labels.flip(0)},
+        {"classes": found.classes[::-1]},
+        {"images": torch.cat([found.images[:-1], 255 - found.images[-1:]])},
+    ]
+    assert load_split("sample", "train").digest() == found.digest()
+    assert len({replace(found, **other).digest() for other in [{}, *others]}) == 4
 
 
 def picture(seed: int, size=(32, 32), mode="RGB") -> bytes:

@@ -133,8 +133,14 @@ def test_a_training_that_had_ended_stays_as_it_is_when_it_is_resumed(make, tmp_p
     first = make(*words)
     first.train()
     newest, _ = newest_whole_checkpoint(tmp_path)
+    saved = newest / "trainer_state.json"
+    state = json.loads(saved.read_text())
+    state["stateful_callbacks"]["Clock"]["args"]["seconds_before"] = 10_000
+    saved.write_text(json.dumps(state))
+    write_checksums(newest)
     again = make(*words)
     again.train(resume_from_checkpoint=str(newest))
+    assert again.clock.seconds() > 10_000  # those of the first process count
     assert again.state.global_step == first.state.global_step == int(newest.name.removeprefix("checkpoint-"))
     assert again.state.log_history[:-1] == first.state.log_history[:-1]  # the last line is of this call's own time
     assert newest_whole_checkpoint(tmp_path)[0] == newest

@@ -17,7 +17,7 @@ from .views import Subject
 
 PICTURE = {"elem_classes": "picture", "format": "png", "interactive": False, "buttons": ["download"]}
 SQUARE = PICTURE | {"elem_classes": ["picture", "square"]}
-MOST_IN_TABLE = 20  # classes: the numbers of more could be neither read nor clicked
+MAX_IN_TABLE = 20  # classes: the numbers of more could be neither read nor clicked
 QUICK = [name for name in METHODS if name != "occlusion"]  # occlusion asks the model once for each patch
 
 
@@ -220,7 +220,7 @@ def mistakes(subject: Subject) -> None:
 
         label, answer = views.commonest_mistake(examination)
         pictures, words = show(label, answer)
-        has_table = len(classes) <= MOST_IN_TABLE
+        has_table = len(classes) <= MAX_IN_TABLE
         how = "A row for each class, a column for each answer: **click a number, or choose, to see its images.**"
         gr.Markdown(
             f"{record['test_accuracy']:.2%} of {record['images']['test']:,} test images are right. "

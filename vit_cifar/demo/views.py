@@ -55,7 +55,7 @@ class Subject:
         """See `to_pixels`."""
         return to_pixels(self.model, self.processor, images)
 
-    def seen(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def denormalize(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Normalised (B, 3, H, W) -> 0..1."""
         return denormalize(pixel_values, self.processor.image_mean, self.processor.image_std)
 
@@ -77,8 +77,9 @@ class Subject:
         return f"score {score:.2f}" + ("" if passes else ", but alike on random weights")
 
 
-class Quick(Image.Image):
-    """Its PNG takes half the time, a sixth of a prediction, and up to a quarter more bytes; gradio leaves no choice."""
+class FastPNG(Image.Image):
+    """Saved as a PNG with little compression: half the time, a sixth of a prediction's, for up to a quarter more bytes.
+    gradio calls `save` itself and has no option for it."""
 
     def save(self, *args: object, **options: object) -> None:
         super().save(*args, **{"compress_level": 1} | options)
@@ -120,8 +121,8 @@ def open_upload(upload: dict | None, folder: str) -> Image.Image:
         return open_image(file)
 
 
-def to_picture(image: torch.Tensor, said: dict[str, str] | None = None, times: int | None = None) -> Image.Image:
-    """(3, H, W), 0..1 -> an image in which every pixel of the model is a visible square; a PNG of it carries `said`.
+def to_picture(image: torch.Tensor, metadata: dict[str, str] | None = None, times: int | None = None) -> Image.Image:
+    """(3, H, W), 0..1 -> an image in which every pixel of the model is a visible square; its PNG carries `metadata`.
 
     Args:
         times: side of a square; None for as large as PICTURE_SIZE allows.
@@ -129,7 +130,7 @@ def to_picture(image: torch.Tensor, said: dict[str, str] | None = None, times: i
     picture = F.to_pil_image((image * 255).round().byte())
     times = times or max(1, PICTURE_SIZE // max(picture.size))
     picture = picture.resize((times * picture.width, times * picture.height), Image.Resampling.NEAREST)
-    picture.info, picture.__class__ = said or {}, Quick
+    picture.info, picture.__class__ = metadata or {}, FastPNG
     return picture
 
 
@@ -140,7 +141,9 @@ def probabilities(subject: Subject, logits: torch.Tensor) -> dict[str, float]:
 
 def seen_picture(subject: Subject, pixel_values: torch.Tensor, chances: dict[str, float]) -> Image.Image:
     """The one image of (1, 3, H, W) as the model saw it; its PNG says in its metadata whose answer it is."""
-    return to_picture(subject.seen(pixel_values)[0], {"model": subject.name, "answer": max(chances, key=chances.get)})
+    return to_picture(
+        subject.denormalize(pixel_values)[0], {"model": subject.name, "answer": max(chances, key=chances.get)}
+    )
 
 
 def caution(subject: Subject, chances: dict[str, float]) -> str:
@@ -161,7 +164,7 @@ def caution(subject: Subject, chances: dict[str, float]) -> str:
 def overlay(found: Explanation, kind: str = "colour") -> Image.Image:
     """The map over the image, `classic` or `colour`."""
     draw = {"classic": classic_overlay, "colour": colour_overlay}[kind]
-    return to_picture(draw(found.map.values.cpu(), found.image[None])[0], found.said() | {"overlay": kind})
+    return to_picture(draw(found.map.values.cpu(), found.image[None])[0], found.metadata() | {"overlay": kind})
 
 
 def caption(found: Explanation) -> str:
@@ -177,7 +180,7 @@ def strip(subject: Subject, seen: Look) -> Image.Image:
     maps = [
         cls_map(seen.attentions, layer, head, seen.grid).values.cpu() for layer in range(layers) for head in columns
     ]
-    image = subject.seen(seen.pixel_values).expand(len(maps), -1, -1, -1)
+    image = subject.denormalize(seen.pixel_values).expand(len(maps), -1, -1, -1)
     cells = [to_picture(cell, times=3) for cell in colour_overlay(torch.cat(maps), image)]
     side, margin, gap = cells[0].width, 24, 4
     size = (margin + len(columns) * (side + gap), margin + layers * (side + gap))
@@ -191,7 +194,7 @@ def strip(subject: Subject, seen: Look) -> Image.Image:
         draw.text((margin + column * (side + gap) + side // 2, margin // 2), label, "black", font, anchor="mm")
     for row in range(layers):
         draw.text((margin // 2, margin + row * (side + gap) + side // 2), str(row + 1), "black", font, anchor="mm")
-    sheet.__class__ = Quick
+    sheet.__class__ = FastPNG
     sheet.info = {"model": subject.name, "method": "attention", "layer": f"1 to {layers}", "head": "mean and each"}
     return sheet
 
@@ -225,7 +228,7 @@ def _hidden(
 ) -> tuple[dict[str, float], Image.Image, str]:
     answer, (rows, columns) = max(before, key=before.get), subject.grid
     said = f"{len(patches)} of {rows * columns} patches hidden: **{answer}** {before[answer]:.0%} → {after[answer]:.0%}"
-    picture = to_picture(subject.seen(covered)[0], {"model": subject.name, "hidden patches": str(list(patches))})
+    picture = to_picture(subject.denormalize(covered)[0], {"model": subject.name, "hidden patches": str(list(patches))})
     return after, picture, said
 
 
@@ -302,7 +305,7 @@ def mistakes(subject: Subject, label: str, answer: str) -> tuple[list[tuple[Imag
     shown = rows.select([row for _, row in found])
     pixel_values = subject.pixels([image.convert("RGB") for image in shown["image"]])
     seen = subject.look(pixel_values, subject.classes[pair[1]])  # what the examination calls it may be an older name
-    images = subject.seen(seen.pixel_values)
+    images = subject.denormalize(seen.pixel_values)
     maps = colour_overlay(METHODS["gradient rollout"](seen).values.cpu(), images)
     description = {"model": subject.name, "method": "gradient rollout", "class": answer, "label": label}
     gallery = []

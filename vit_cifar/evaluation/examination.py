@@ -23,7 +23,7 @@ from ..explain.perturbation import (
     randomized,
     rank_correlation,
 )
-from ..integrity import SUMS_NAME, write_checksums
+from ..integrity import MISTAKES_NAME, SUMS_NAME, write_checksums
 from ..modeling_vit_cifar import ViTCifarForImageClassification
 from ..models import default_device, load_model
 from ..training.data import (
@@ -38,7 +38,6 @@ from . import records
 from .metrics import calibration_error, doubtful_below, evaluate, fit_temperature, reliability
 
 EXAMINATION_NAME = "examination.json"
-MISTAKES_NAME = "mistakes.parquet"
 RIGHT_PER_CLASS = 20  # rightly classified images that are kept of each class, those the model was least sure of
 HIGHEST_CORRELATION = 0.5  # of a method's maps with those of random weights; above it, it shows little that was learned
 

@@ -74,8 +74,8 @@ def evaluate(
 def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
     """What to divide the logits by for the smallest cross-entropy (Guo et al. 2017, arXiv:1706.04599, section 4.2).
 
-    Above 1, the model was too sure of itself. Fit it on images held out of training, never on the test split. It is 1
-    if every answer is right: the loss would fall without end as the temperature falls.
+    A result above 1 means that the model was too sure of itself. Fit it on images held out of training, never on the
+    test split. It is 1 if every answer is right: the loss would fall without end as the temperature falls.
 
     Args:
         logits: (N, classes). labels: (N,).

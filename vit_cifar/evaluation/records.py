@@ -7,7 +7,6 @@ import os
 import platform
 import re
 import shlex
-import statistics
 import subprocess
 from pathlib import Path
 
@@ -15,10 +14,9 @@ import psutil
 import torch
 
 from ..errors import UserError
-from ..integrity import sha256
+from ..integrity import WEIGHTS_NAME, sha256
 
 RECORD_NAME = "training_record.json"
-WEIGHTS_NAME = "model.safetensors"
 
 
 class RecordError(UserError):
@@ -31,8 +29,8 @@ def accuracy_tolerance(images: int, share: float = 1e-3) -> float:
     return max(share, 2.5 / max(images, 1))
 
 
-def passes(record: dict) -> float:
-    """Over the training images, as they were made: `max_steps` or early stopping ends before `num_train_epochs`."""
+def epochs_trained(record: dict) -> float:
+    """May be fewer than `num_train_epochs`: `max_steps` or early stopping ends a training before."""
     return record["epochs"][-1]["epoch"] if record["epoch_selected_on"] else record["kept_epoch"]
 
 
@@ -77,11 +75,14 @@ def versions() -> dict[str, str]:
 
 
 def hardware(device: torch.device) -> dict[str, str | int | float]:
-    """Processor, cores, processes, threads, memory in GiB and, if `device` is one, the GPU."""
+    """Processor, physical cores, processes, threads, memory in GiB and, if `device` is one, the GPU."""
+    capabilities = torch.cpu.get_capabilities()
     found = {
         "cpu": _processor(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
+        # By itself: a virtual machine may hide which model its processor is.
+        "bf16_units": [name for name in ("amx_bf16", "avx512_bf16", "bf16") if capabilities.get(name)],
+        "cores": psutil.cpu_count(logical=False) or os.cpu_count(),
         "processes": int(os.environ.get("WORLD_SIZE", 1)),  # as torchrun and accelerate launch say it
         "threads": torch.get_num_threads(),  # of each process
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
@@ -98,7 +99,7 @@ def _processor() -> str:
     fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     if {"model name", "cpu family", "model"} <= fields.keys():
         return "{model name}, family {cpu family}, model {model}".format_map(fields)
-    return platform.processor()
+    return platform.processor() or platform.machine()
 
 
 def git_commit(file: str | Path) -> str | None:
@@ -184,31 +185,10 @@ def time_and_machine(record: dict) -> str:
     hardware, minutes = record["hardware"], record["wall_time_seconds"] / 60
     processes = hardware.get("processes", 1)
     used, cores = hardware["threads"] * processes, hardware["cores"]
-    machine = f"{used} of " * (used < cores) + f"{cores} CPU core" + "s" * (cores > 1)
+    machine = (f"{used} of {cores}" if used < cores else f"{cores}") + (" CPU cores" if cores > 1 else " CPU core")
     if "gpu" in hardware:
-        machine = f"{processes} × " * (processes > 1) + hardware["gpu"]
+        machine = f"{processes} × {hardware['gpu']}" if processes > 1 else hardware["gpu"]
     return f"{minutes:.{0 if minutes > 10 else 1}f} min on {machine}, {record['number_format']}"
-
-
-def results_row(name: str, runs: list[tuple[str, dict]]) -> str:
-    """A row of README's results in Markdown: one training, or the mean of several that differ in the seed alone.
-
-    Args:
-        runs: (path of the record from the repository's root, the record).
-    """
-    first = runs[0][1]
-    if len(runs) == 1:
-        accuracy = f"{first['test_accuracy']:.2%} (n = 1, seed {first['seed']})"
-        name = f"[{name}]({runs[0][0]})"
-    else:
-        found = [record["test_accuracy"] for _, record in runs]
-        seeds = ", ".join(f"[{record['seed']}]({path})" for path, record in runs)
-        accuracy = f"{statistics.mean(found):.2%} ± {statistics.stdev(found):.2%} (n = {len(runs)}, seeds {seeds})"
-    time = {"wall_time_seconds": statistics.mean(record["wall_time_seconds"] for _, record in runs)}
-    return (
-        f"| {name} | {first['parameters']:,} | {passes(first):g} | {accuracy} "
-        f"| {time_and_machine(first | time)} | {first['dataset']['name']} |"
-    )
 
 
 def fill_tables(page: str, script: str, tables: dict[str, str]) -> str:

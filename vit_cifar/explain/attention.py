@@ -54,7 +54,8 @@ def cls_map(
         head: which one; or the mean, or the largest, over heads.
         grid: (h, w) of the patches; None for a square.
 
-    Returns: (B, h, w). For one head or the mean, each image's numbers and `to_itself` add up to 1.
+    Returns: an AttentionMap with `values` (B, h, w). For one head or the mean, each image's numbers and `to_itself`
+    add up to 1.
 
     Raises:
         ValueError: no maps, a layer or head that is not there, or patches that do not fill the grid.
@@ -84,7 +85,7 @@ def rollout(
         fusion: how the heads of a layer become one; the paper's is the mean.
         discard_ratio: this share of each layer's entries, the smallest, count as 0: less noise, not the paper's.
 
-    Returns: (B, h, w). Each image's numbers and `to_itself` add up to 1.
+    Returns: an AttentionMap with `values` (B, h, w). Each image's numbers and `to_itself` add up to 1.
 
     Raises:
         ValueError: no maps, an unknown fusion, a ratio outside 0..1, or patches that do not fill the grid.
@@ -114,7 +115,7 @@ def gradient_rollout(
         attentions, grid: as for `cls_map`.
         gradients: of the class's logit, one (B, A, N, N) for each of `attentions`.
 
-    Returns: (B, h, w), at least 0.
+    Returns: an AttentionMap with `values` (B, h, w), at least 0.
 
     Raises:
         ValueError: no maps, gradients that do not belong to them, or patches that do not fill the grid.

@@ -1,4 +1,4 @@
-"""Map + image -> picture. Batches of float tensors in 0..1 in, the same out."""
+"""Map + image -> picture. Images are batches of float tensors in 0..1; maps may have any scale."""
 
 from collections.abc import Sequence
 

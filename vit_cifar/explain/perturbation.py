@@ -24,7 +24,7 @@ class Look:
 
     Attributes:
         model, pixel_values: what looked at what, (B, C, H, W), normalised.
-        classes: (B,), of which class in each image the gradients are.
+        classes: (B,), for each image the class whose logit the gradients are of.
         logits: (B, classes).
         attentions: each layer's map, (B, A, N, N).
         gradients: of the class's logit, one for each of `attentions`.
@@ -51,7 +51,7 @@ def look(
 
     Args:
         pixel_values: (B, C, H, W), normalised.
-        classes: (B,), of which class in each image; None for the model's answers.
+        classes: (B,), the class to explain in each image; None for the model's answers.
     """
     with torch.enable_grad():
         # Gradients flow from the pixels on, so that frozen weights change nothing.
@@ -92,7 +92,7 @@ def occlusion(model: ViTCifarForImageClassification, pixel_values: torch.Tensor,
     arXiv:1311.2901, section 4.2): (B, h, w), in -1..1.
 
     Args:
-        pixel_values: (B, C, H, W), normalised. classes: (B,), of which class in each image.
+        pixel_values: (B, C, H, W), normalised. classes: (B,), the class to explain in each image.
 
     Raises:
         UserError: captum is not installed.
@@ -108,7 +108,7 @@ def occlusion(model: ViTCifarForImageClassification, pixel_values: torch.Tensor,
 
 
 def random_map(seen: Look) -> AttentionMap:
-    """What a method must beat: (B, h, w), uniform in 0..1, the same for the same place in a batch."""
+    """The baseline that a method must beat: (B, h, w), uniform in 0..1; it depends on the place in the batch alone."""
     values = torch.rand(len(seen.pixel_values), *seen.grid, generator=torch.Generator().manual_seed(0))
     return AttentionMap(values.to(seen.pixel_values.device))
 

@@ -66,16 +66,16 @@ class Explanation:
         shown = [f"{name} {value}" for name, value in (self.description | self.numbers()).items()]
         return f"{self.answer} {self.confidence:.1%}; {', '.join(shown)}"
 
-    def said(self) -> dict[str, str]:
+    def metadata(self) -> dict[str, str]:
         """The text chunks of a PNG of this map."""
         return {"answer": f"{self.answer} {self.confidence:.1%}"} | self.description | self.numbers()
 
     def save(self, path: Path) -> None:
-        """A PNG with a colourbar, which carries `said`."""
+        """A PNG with a colourbar, which carries `metadata`."""
         method, *rest = [word for name, word in self.description.items() if name != "model"]
         title = ", ".join([method, *rest]) if method != "attention" else "attention, layer {}, head {}".format(*rest)
         figure = figure_with_colourbar(self.map.values[0].cpu(), self.image, title, UNITS[method])
-        figure.savefig(path, format="png", dpi=128, metadata=self.said())
+        figure.savefig(path, format="png", dpi=128, metadata=self.metadata())
 
 
 def name_of(model: str | None) -> str:
@@ -207,13 +207,13 @@ def draw_overlays(
     with torch.inference_mode():
         outputs = model(pixel_values, output_attentions=True)
     maps = cls_map(outputs.attentions).values.float().cpu()
-    seen = denormalize(pixel_values, processor.image_mean, processor.image_std)
+    images_seen = denormalize(pixel_values, processor.image_mean, processor.image_std)
     scores, labels = outputs.logits.softmax(-1).max(-1)
     columns = {
-        "what the model sees": seen,
+        "what the model sees": images_seen,
         "class-token attention": maps,
-        "classic": classic_overlay(maps, seen),
-        "colour": colour_overlay(maps, seen),
+        "classic": classic_overlay(maps, images_seen),
+        "colour": colour_overlay(maps, images_seen),
     }
     figure = Figure(figsize=(8, 2.07 * len(images)), layout="constrained")
     for row, axes in enumerate(figure.subplots(len(images), len(columns), squeeze=False)):

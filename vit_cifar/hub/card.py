@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from ..configuration_vit_cifar import CIFAR10_CLASSES, ViTCifarConfig
 from ..errors import UserError
 from ..evaluation.examination import Examination, calibration_errors, calibration_words, read_examination, trust_table
-from ..evaluation.records import RecordError, passes, read_record, time_and_machine
+from ..evaluation.records import RecordError, epochs_trained, read_record, time_and_machine
 from ..explain.pictures import draw_overlays
 from ..models import HUB_CARD, class_names, load_model, split_revision
 from ..training.data import CIFAR10_NAME
@@ -70,7 +70,7 @@ def _fill(folder: Path, repo_id: str) -> str:
         per_class=per_class,
         worst=min(per_class, key=per_class.get),
         best=max(per_class, key=per_class.get),
-        passes=passes(record),
+        epochs=epochs_trained(record),
         transformers=next(word for word in project()["dependencies"] if word.startswith("transformers")),
         settings={
             name: arguments[name]

@@ -18,16 +18,16 @@ from ..configuration_vit_cifar import ViTCifarConfig
 from ..errors import UserError
 from ..evaluation import records
 from ..evaluation.metrics import evaluate
-from ..integrity import sha256
+from ..integrity import WEIGHTS_NAME, sha256
 from ..modeling_vit_cifar import ViTCifarForImageClassification
 from ..models import load_model, local_folder
 from ..training.data import load_split
 from .folder import new_folder
 
 ONNX, VIT = "onnx", "vit"
-FILES = {ONNX: "model.onnx", VIT: records.WEIGHTS_NAME}  # what holds the weights of each
+FILES = {ONNX: "model.onnx", VIT: WEIGHTS_NAME}  # what holds the weights of each
 OPSET = 20  # the first one with GELU
-RECORD_NAME = "export_record.json"
+EXPORT_RECORD_NAME = "export_record.json"
 TOLERANCE = 1e-4
 CHECKED_BATCHES = (1, 5)  # neither is the one that the graph is traced with
 VIT_FIELDS = (
@@ -77,8 +77,8 @@ def export_model(
     source = local_folder(name)
     model, processor = load_model(str(source))
     model.float()
-    if not (source / records.WEIGHTS_NAME).is_file():
-        raise ExportError(f"model: expected one file {records.WEIGHTS_NAME} in {name}, got none")
+    if not (source / WEIGHTS_NAME).is_file():
+        raise ExportError(f"model: expected one file {WEIGHTS_NAME} in {name}, got none")
     if kind == VIT and model.config.patch_embedding == "conv_stem":
         raise ExportError(
             "format: expected onnx for this model, got vit: transformers' ViT has a single convolution with kernel and "
@@ -103,7 +103,7 @@ def export_model(
             "test_accuracy": evaluate(exported, processor, dataset, batch_size=100).accuracy if dataset else None,
             "versions": versions,
         }
-        records.write_json(folder / RECORD_NAME, record)
+        records.write_json(folder / EXPORT_RECORD_NAME, record)
     return record
 
 
@@ -201,9 +201,7 @@ def _onnx_versions() -> dict[str, str]:
     try:
         return {name: importlib.metadata.version(name) for name in ("onnx", "onnxscript", "onnxruntime")}
     except importlib.metadata.PackageNotFoundError as error:
-        raise ExportError(
-            f'format: onnx needs the package {error.name}, which is not installed: pip install "vit-cifar[export]"'
-        ) from error
+        raise ExportError(f'format: onnx: expected {error.name}, got none: pip install "vit-cifar[export]"') from error
 
 
 def _images(config: ViTCifarConfig, batch: int) -> torch.Tensor:

@@ -19,11 +19,11 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError  # the second, of t
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors.torch import load_file, save_file
 
-from ..errors import UserError
-from ..evaluation.examination import EXAMINATION_NAME, MISTAKES_NAME, read_examination
+from ..errors import UserError, one_line
+from ..evaluation.examination import EXAMINATION_NAME, read_examination
 from ..evaluation.metrics import evaluate
-from ..evaluation.records import RECORD_NAME, WEIGHTS_NAME, accuracy_tolerance, read_record, write_json
-from ..integrity import write_checksums
+from ..evaluation.records import RECORD_NAME, accuracy_tolerance, read_record, write_json
+from ..integrity import MISTAKES_NAME, WEIGHTS_NAME, write_checksums
 from ..models import HUB_CARD, load_model
 from ..training.data import DataError, load_recorded_split, recorded_dataset
 from . import stranger
@@ -248,7 +248,7 @@ def hub_errors(doing: str) -> Iterator[None]:
         raise
     except (HfHubHTTPError, HTTPError, OSError, ValueError, RuntimeError) as error:
         cause = error.__cause__ if isinstance(error, RuntimeError) else error  # what an upload of weights failed of
-        reason = " ".join(str(cause or error).split())
+        reason = one_line(cause or error)
         if isinstance(cause, HfHubHTTPError):  # its own text is many lines for developers
             answer = cause.response
             reason = f"{answer.status_code} {answer.reason_phrase}, {cause.server_message or 'no reason given'}"

@@ -12,6 +12,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
+from ..errors import one_line
 from .data import CIFAR10_NAME
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -27,7 +28,7 @@ class RecipeArguments:
         default="finetune",
         metadata={
             "help": "a shipped recipe, or a YAML file with any of these arguments but output_dir, and with config "
-            "fields under model; with model_name_or_path it can be left out"
+            "fields under model; with model_name_or_path it can be omitted"
         },
     )
     model_name_or_path: str | None = field(
@@ -49,20 +50,24 @@ class RecipeArguments:
     )
     attn_implementation: str | None = field(
         default=None,
-        metadata={"help": "eager, sdpa …; left out, the faster one on this machine (eager for bf16 on a CPU)"},
+        metadata={"help": "eager, sdpa …; if omitted, the faster one on this machine (eager for bf16 on a CPU)"},
     )
     dataset_name: str = field(
         default=CIFAR10_NAME, metadata={"help": "Hub id, local folder, or `sample` for the images in the package"}
     )
     dataset_title: str | None = field(
         default=None,
-        metadata={"help": "what the record calls the dataset; left out, the Hub id or the folder's own name"},
+        metadata={"help": "what the record calls the dataset; if omitted, the Hub id or the folder's own name"},
     )
     dataset_note: str | None = field(
         default=None, metadata={"help": "what a reader of the record must know of the data"}
     )
-    image_column: str | None = field(default=None, metadata={"help": "left out, the only column of type Image"})
-    label_column: str | None = field(default=None, metadata={"help": "left out, the only column of type ClassLabel"})
+    image_column: str | None = field(
+        default=None, metadata={"help": "column with the images; if omitted, the only one of type Image"}
+    )
+    label_column: str | None = field(
+        default=None, metadata={"help": "column with the labels; if omitted, the only one of type ClassLabel"}
+    )
     validation_size: int = field(
         default=5000,
         metadata={"help": "images held out of train, the same share of every class; 0 validates on the test split"},
@@ -89,7 +94,7 @@ class RecipeArguments:
     )
     muon_learning_rate: float = field(default=0.02, metadata={"help": "for Muon; --learning_rate is for the rest"})
     early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "stop after so many evaluations without a better one"}
+        default=None, metadata={"help": "stop after this many evaluations in a row without improvement"}
     )
     first_eligible_epoch: int = field(default=0, metadata={"help": "the first epoch that can be kept as the best"})
 
@@ -120,7 +125,8 @@ def machine_supports_bf16(use_cpu: bool = False) -> bool:
     """Whether bfloat16 is fast here: a GPU that has it, or a CPU with AVX-512 BF16 or AMX."""
     if torch.cuda.is_available() and not use_cpu:
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def fastest_attention(bf16: bool, device: torch.device) -> str:
@@ -136,8 +142,8 @@ def parse_arguments(argv: list[str]) -> tuple[RecipeArguments, TrainingArguments
         allow_abbrev=False,  # or a record would not recognise a local folder on the command line
         usage="python train.py (--recipe NAME | --model_name_or_path MODEL) --output_dir FOLDER [any argument below]",
         description="Train a ViT-CIFAR model folder that from_pretrained loads, with its record. The defaults "
-        "below hold on this machine where the recipe says nothing. Shipped recipes, in vit_cifar/training/recipes: "
-        f"{', '.join(recipe_names())}.",
+        "below are those of this machine; a recipe overrides them, the command line overrides both. Shipped "
+        f"recipes, in vit_cifar/training/recipes: {', '.join(recipe_names())}.",
     )
     for action in parser._actions:
         if action.dest == "resume_from_checkpoint":
@@ -173,7 +179,7 @@ def parse_arguments(argv: list[str]) -> tuple[RecipeArguments, TrainingArguments
         recipe_args, training_args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
         recipe_args.model = model | _parse_overrides(recipe_args.config_overrides)
     except (ValueError, TypeError, ImportError) as error:
-        parser.error(" ".join(str(error).split()))
+        parser.error(one_line(error))
     _check(recipe_args, training_args, known.keys(), parser)
     # Otherwise `accelerate launch` decides by its own configuration, and the record names another number format.
     training_args.mixed_precision = "bf16" if training_args.bf16 else "fp16" if training_args.fp16 else "no"
@@ -196,14 +202,17 @@ def _check(
     compares = training_args.load_best_model_at_end and training_args.eval_strategy != "no"
     if recipe_args.early_stopping_patience is not None and not compares:
         parser.error(
-            "early_stopping_patience: expected --load_best_model_at_end and evaluation (--eval_strategy) with it, got "
+            "early_stopping_patience: expected --load_best_model_at_end true and an --eval_strategy other than no, got "
             f"{training_args.load_best_model_at_end} and {training_args.eval_strategy.value}"
         )
     metric = training_args.metric_for_best_model or "loss"
     if metric.removeprefix("eval_") not in ("loss", "accuracy"):
         parser.error(f"metric_for_best_model: expected loss or accuracy, got {metric}")
     if training_args.max_steps == 0 or (training_args.max_steps < 0 and training_args.num_train_epochs <= 0):
-        parser.error("num_train_epochs or max_steps: expected more than 0, got 0 or less")
+        parser.error(
+            f"num_train_epochs or max_steps: expected more than 0, got {training_args.num_train_epochs:g} and "
+            f"{training_args.max_steps}"
+        )
     if training_args.n_gpu > 1:  # Trainer would multiply the batch, and batch norm would see a part of it
         parser.error(
             f"expected one process for each of {training_args.n_gpu} GPUs (torchrun --nproc_per_node "
@@ -226,7 +235,9 @@ def _check(
     if training_args.push_to_hub:
         parser.error("push_to_hub: training never publishes; publish a trained folder with `vit-cifar publish`")
     if training_args.hub_token:  # the record, which is published, says the command
-        parser.error("hub_token: expected none, as training never publishes and its record names its command, got one")
+        parser.error(
+            "hub_token: expected none, because training never publishes and the record holds the command, got one"
+        )
 
 
 def recipe_names() -> list[str]:
@@ -245,7 +256,7 @@ def _read_recipe(name: str, parser: ArgumentParser) -> dict:
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        parser.error(f"recipe: expected a YAML file, got {name!r}: {' '.join(str(error).split())}")
+        parser.error(f"recipe: expected a YAML file, got {name!r}: {one_line(error)}")
     if not isinstance(recipe, dict):
         parser.error(f"recipe: expected arguments as `name: value` in {name!r}, got {type(recipe).__name__}")
     if not isinstance(recipe.get("model", {}), dict):

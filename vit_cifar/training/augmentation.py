@@ -11,6 +11,9 @@ from torchvision.transforms.v2 import functional as F
 
 from .trivial_augment import trivial_augment
 
+# Columns of `Augmentation.draws`.
+SHIFT, FLIP, CUTOUT, CUTMIX, TRIVIAL_AUGMENT = slice(0, 2), 2, slice(3, 5), slice(5, 10), slice(10, 14)
+
 
 @dataclass
 class Augmentation:
@@ -26,7 +29,7 @@ class Augmentation:
         shift_fill: what moves in at the border: "zeros" (black) or "reflect".
         cutout_size: side in pixels of a square that is painted with `fill` (DeVries and Taylor 2017,
             arXiv:1708.04552); it may stand partly outside the image. 0 leaves it out.
-        fill: (C,) uint8 colour for cutout, near the dataset's mean.
+        fill: (C,) uint8 colour for cutout, and for what TrivialAugment moves in; near the dataset's mean.
         cutmix_probability: share of the images that get a window from another one (Yun et al. 2019,
             arXiv:1905.04899). The other is drawn from the whole dataset, not from the batch, whose members depend on
             the number of processes.
@@ -42,7 +45,7 @@ class Augmentation:
     fill: tuple[int, ...] = (0, 0, 0)
     cutmix_probability: float = 0.0
     trivial_augment_probability: float = 0.0
-    _draws: tuple[int, torch.Tensor] | None = field(default=None, repr=False)
+    _draws: tuple[int, torch.Tensor] | None = field(default=None, init=False, repr=False)
 
     def draws(self, epoch: int) -> torch.Tensor:
         """(num_samples, 14) uniform numbers of this epoch: shift down, shift right, flip, cutout row, cutout column;
@@ -53,23 +56,23 @@ class Augmentation:
             # In two parts: the first ten are those of before TrivialAugment, so that older trainings can be repeated.
             draws = torch.cat([torch.rand(self.num_samples, n, generator=generator) for n in (10, 4)], dim=1)
             if self.flip == "alternating":
-                draws[:, 2] = torch.rand(self.num_samples, generator=generator.manual_seed(self.seed))
+                draws[:, FLIP] = torch.rand(self.num_samples, generator=generator.manual_seed(self.seed))
                 if epoch % 2:
-                    draws[:, 2] = 1 - draws[:, 2]
+                    draws[:, FLIP] = 1 - draws[:, FLIP]
             self._draws = (epoch, draws)
         return self._draws[1]
 
     def __call__(self, images: torch.Tensor, sample_index: torch.Tensor, epoch: int) -> torch.Tensor:
-        """images (B, C, H, W) uint8 of the dataset's rows sample_index (B,), on the CPU -> the same shape and type."""
+        """images (B, C, H, W), uint8; sample_index (B,), their rows in the dataset, on the CPU -> the same shape."""
         batch, channels, height, width = images.shape
         device = images.device
         draws = self.draws(epoch)[sample_index].to(device)
-        down, right, flip = draws[:, :3].unbind(1)
+        down, right = draws[:, SHIFT].unbind(1)
 
         # index_select copies what lies together in memory, where an index or a mask takes it pixel by pixel: one side
         # of each image, then the rows of its window in the padded image, each from where it begins.
         if self.flip != "none":
-            side = (flip >= 0.5).long() * batch + torch.arange(batch, device=device)
+            side = (draws[:, FLIP] >= 0.5).long() * batch + torch.arange(batch, device=device)
             images = torch.cat([images.flip(3), images]).index_select(0, side)
         span = 2 * self.max_shift + 1
         mode = "reflect" if self.shift_fill == "reflect" else "constant"
@@ -80,20 +83,22 @@ class Augmentation:
         images = padded.flatten().unfold(0, width, 1).index_select(0, starts.flatten()).view_as(images)
 
         fill = torch.tensor(self.fill, dtype=images.dtype, device=device)[:, None, None]
-        chosen = draws[:, 10] < self.trivial_augment_probability
+        whether, what = draws[:, TRIVIAL_AUGMENT].split([1, 3], dim=1)
+        chosen = whether[:, 0] < self.trivial_augment_probability
         if self.trivial_augment_probability and chosen.any():
-            images[chosen] = trivial_augment(images[chosen], draws[chosen, 11:], fill)
+            images[chosen] = trivial_augment(images[chosen], what[chosen], fill)
 
         if self.cutout_size:
             # The centre is anywhere in the image; an even size reaches one pixel further up and left.
-            row, column = draws[:, 3:5, None].unbind(1)  # (B, 1) each
+            row, column = draws[:, CUTOUT, None].unbind(1)  # (B, 1) each
             window = _window(row, column, height, width, self.cutout_size, self.cutout_size)
             images = torch.where(window, fill, images)
         return images
 
     def partners(self, sample_index: torch.Tensor, epoch: int) -> torch.Tensor:
         """(B,) indices of the images that those of sample_index (B,) are mixed with."""
-        return (self.draws(epoch)[sample_index, 6] * self.num_samples).long()
+        _, partner, *_ = self.draws(epoch)[sample_index, CUTMIX].unbind(1)
+        return (partner * self.num_samples).long()
 
     def cutmix(
         self, images: torch.Tensor, others: torch.Tensor, sample_index: torch.Tensor, epoch: int
@@ -102,7 +107,7 @@ class Augmentation:
         that is still its own. The window's share of the area is uniform in 0..1 before the border cuts it."""
         height, width = images.shape[-2:]
         draws = self.draws(epoch)[sample_index].to(images.device)
-        mixed, _, share, row, column = draws[:, 5:10, None].unbind(1)  # (B, 1) each
+        mixed, _, share, row, column = draws[:, CUTMIX, None].unbind(1)  # (B, 1) each
         side = share.sqrt() * (mixed < self.cutmix_probability)
         window = _window(row, column, height, width, (side * height).long(), (side * width).long())
         return torch.where(window, others, images), 1 - window.flatten(1).float().mean(1)

@@ -33,7 +33,7 @@ CIFAR10_STD = [0.2023, 0.1994, 0.2010]
 SAMPLE_NAME = "sample"
 SAMPLE_FOLDER = Path(__file__).parents[1] / "demo" / "assets" / "sample"
 CACHE_FORMAT = "3"  # part of the cache's key: raise it when what is stored changes
-MOST_CLASSES = 100_000  # ImageNet-21k has 21,841
+MAX_CLASSES = 100_000  # ImageNet-21k has 21,841
 
 
 class DataError(UserError):
@@ -176,7 +176,7 @@ def load_split(
         dataset_name: a Hub id, a local folder, or "sample" for the images that the package carries.
         split: "train", "test", or whatever else the dataset has.
         image_size: height and width in pixels; images of another size are resized (bicubic, antialiased).
-        image_column, label_column: names; left out, the only Image and the only ClassLabel column are taken. Whole
+        image_column, label_column: names; if omitted, the only Image and the only ClassLabel column are taken. Whole
             numbers without names are labels too, from 0 to the largest one of any split.
 
     Raises:
@@ -272,8 +272,8 @@ def _classes(splits: datasets.DatasetDict, column: str) -> list[str]:
     labels = [label for label in labels if label is not None]
     if not labels:
         raise DataError(f"label_column: expected class labels or whole numbers in {column!r}, got none")
-    if (last := max(labels)) >= MOST_CLASSES:  # times or hashes, of which a list would fill the memory
-        raise DataError(f"label_column: expected class numbers below {MOST_CLASSES:,} in {column!r}, got {last}")
+    if (last := max(labels)) >= MAX_CLASSES:  # times or hashes, of which a list would fill the memory
+        raise DataError(f"label_column: expected class numbers below {MAX_CLASSES:,} in {column!r}, got {last}")
     return [str(index) for index in range(last + 1)]
 
 

@@ -13,10 +13,7 @@ from .arguments import RecipeArguments
 from .data import ImageDataset, image_processor, normalize
 
 # What can change about a trained model; other fields would change what its weights mean.
-ADAPTABLE = (
-    *("image_size", "drop_path_rate", "patch_drop_rate"),
-    *("hidden_dropout_prob", "attention_probs_dropout_prob"),
-)
+ADAPTABLE = ("image_size", "drop_path_rate", "patch_drop_rate", "hidden_dropout_prob", "attention_probs_dropout_prob")
 
 
 def load_start(
@@ -29,7 +26,9 @@ def load_start(
         ValueError: the recipe's config fields are wrong, or not among ADAPTABLE for a trained model.
     """
     if named := {"id2label", "label2id", "num_labels"} & set(recipe.model):
-        raise ValueError(f"config fields: expected the classes to be the data's, got {', '.join(sorted(named))}")
+        raise ValueError(
+            f"config fields: expected none of the classes, which are the dataset's, got {', '.join(sorted(named))}"
+        )
     if folder is None:
         pretrained, config, normalization = None, ViTCifarConfig(**recipe.model), ()
     elif others := [name for name in recipe.model if name not in ADAPTABLE]:

@@ -72,7 +72,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     Args:
         lr, betas, eps: for AdamW; muon_lr, dtype: for Muon. A scheduler scales both learning rates.
-        weight_decay: decoupled, for both; AdamW's share of it is what `decayed_parameter_names` lists.
+        weight_decay: decoupled, for both; AdamW decays only what `decayed_parameter_names` lists.
     """
 
     def __init__(

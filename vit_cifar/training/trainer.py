@@ -25,10 +25,17 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
-from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..errors import UserError, first_line
-from ..integrity import SUMS_NAME, DamageError, check_checksums, checkpoints, newest_whole_checkpoint, write_checksums
+from ..integrity import (
+    SUMS_NAME,
+    WEIGHTS_NAME,
+    DamageError,
+    check_checksums,
+    checkpoints,
+    newest_whole_checkpoint,
+    write_checksums,
+)
 from .arguments import RecipeArguments
 from .augmentation import Augmentation
 from .data import ImageDataset, keep_batch, normalize
@@ -161,8 +168,6 @@ class ViTCifarTrainer(Trainer):
         cross-entropy."""
         if not model.training:
             return super().compute_loss(model, inputs, *args, **kwargs)
-        if self.recipe.freeze_body:
-            self.model.vit.eval()  # the running statistics of its norms are part of what is frozen
         logits = model(inputs["pixel_values"]).logits.float()
         return nn.functional.cross_entropy(logits, inputs["labels"], label_smoothing=self.args.label_smoothing_factor)
 
@@ -175,7 +180,7 @@ class ViTCifarTrainer(Trainer):
         return self._callback(Clock)
 
     def _callback(self, kind: type[TrainerCallback]) -> TrainerCallback | None:
-        """By its type: a resumed training has others than it was made with."""
+        """Looked up by type, because a resume replaces the callback objects."""
         return next((callback for callback in self.callback_handler.callbacks if isinstance(callback, kind)), None)
 
     def _prepare_inputs(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -198,10 +203,10 @@ class ViTCifarTrainer(Trainer):
         return inputs
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args, **kwargs) -> None:
-        """Trainer's, of a checkpoint that was trained, and compared with others, on the same images.
+        """As in Trainer, but only from a checkpoint of the same training and validation images.
 
         Raises:
-            TrainingError: it was not.
+            TrainingError: they are others.
         """
         before = TrainerState.load_from_json(str(Path(resume_from_checkpoint, TRAINER_STATE_NAME))).stateful_callbacks
         own = self._callback(TrainedOn).state()
@@ -213,7 +218,7 @@ class ViTCifarTrainer(Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
 
     def _load_callback_state(self) -> None:
-        """Trainer's; the patience is what this command says, not what the checkpoint's did."""
+        """As in Trainer, but the patience is that of this command, not the checkpoint's."""
         super()._load_callback_state()
         if stopping := self._callback(EarlyStoppingCallback):
             stopping.early_stopping_patience = self.recipe.early_stopping_patience
@@ -222,7 +227,7 @@ class ViTCifarTrainer(Trainer):
             self.state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
 
     def _run_epoch(self, *args, **kwargs) -> None:
-        """Trainer's, which would go on for a step, or an epoch, with a training that had ended."""
+        """As in Trainer, but a training that has already ended gets no further step or epoch."""
         stopping = self._callback(EarlyStoppingCallback)
         stopped = stopping and stopping.early_stopping_patience_counter >= stopping.early_stopping_patience
         if stopped or self.state.global_step >= self.state.max_steps:
@@ -256,10 +261,10 @@ class ViTCifarTrainer(Trainer):
         return super().create_optimizer(model)
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
-        """Trainer's; no optimizer step follows a loss or a gradient that is NaN or infinite.
+        """As in Trainer, but no optimizer step follows a loss or a gradient that is NaN or infinite.
 
         Raises:
-            TrainingError: it is.
+            TrainingError: there is one.
         """
         loss = super().training_step(*args, **kwargs)
         gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
@@ -276,7 +281,7 @@ class ViTCifarTrainer(Trainer):
         return loss
 
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
-        """Trainer's, with checksums, which make it a whole one; an older one is deleted only then.
+        """As in Trainer, but with checksums, which mark the checkpoint as whole; only then are older ones deleted.
 
         Raises:
             TrainingError: it cannot be written.
@@ -303,7 +308,7 @@ class ViTCifarTrainer(Trainer):
             rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
 
     def _load_best_model(self) -> None:
-        """Trainer's, of a checkpoint that is what it was."""
+        """As in Trainer, after a check of the checkpoint's checksums."""
         check_best(self.state)
         super()._load_best_model()
 
@@ -344,7 +349,7 @@ def find_checkpoint(args: TrainingArguments) -> tuple[str | None, int | None]:
     goes_on_here = wanted == "last" or (wanted and Path(wanted).resolve().parent == output_dir.resolve())
     # One that goes on from elsewhere and was killed inside its first save may start again.
     counts = f"{PREFIX_CHECKPOINT_DIR}-*" if wanted is None else f"{PREFIX_CHECKPOINT_DIR}-*/{SUMS_NAME}"
-    taken = [*output_dir.glob(counts), *output_dir.glob(SAFE_WEIGHTS_NAME)]
+    taken = [*output_dir.glob(counts), *output_dir.glob(WEIGHTS_NAME)]
     if taken and not goes_on_here:
         raise TrainingError(
             f"output_dir: expected a folder that holds no other training, got {output_dir} with "

@@ -35,7 +35,7 @@ def trivial_augment(images: torch.Tensor, draws: torch.Tensor, fill: torch.Tenso
 
 
 def _move(images: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
-    """Each pixel from the nearest one to (rows, columns), (B, 1, H, W) each; `fill` from outside."""
+    """Each pixel from the nearest one to (rows, columns), which broadcast to (B, 1, H, W); `fill` from outside."""
     height, width = images.shape[-2:]
     rows, columns = rows.round().long(), columns.round().long()
     inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
@@ -51,22 +51,22 @@ def _grid(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _shear_x(images: torch.Tensor, strength: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
     rows, columns = _grid(images)
-    return _move(images, *torch.broadcast_tensors(rows, columns + 0.99 * strength * (rows + 0.5)), fill)
+    return _move(images, rows, columns + 0.99 * strength * (rows + 0.5), fill)
 
 
 def _shear_y(images: torch.Tensor, strength: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
     rows, columns = _grid(images)
-    return _move(images, *torch.broadcast_tensors(rows + 0.99 * strength * (columns + 0.5), columns), fill)
+    return _move(images, rows + 0.99 * strength * (columns + 0.5), columns, fill)
 
 
 def _translate_x(images: torch.Tensor, strength: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
     rows, columns = _grid(images)
-    return _move(images, *torch.broadcast_tensors(rows, columns - (32.0 * strength).trunc()), fill)
+    return _move(images, rows, columns - (32.0 * strength).trunc(), fill)
 
 
 def _translate_y(images: torch.Tensor, strength: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
     rows, columns = _grid(images)
-    return _move(images, *torch.broadcast_tensors(rows - (32.0 * strength).trunc(), columns), fill)
+    return _move(images, rows - (32.0 * strength).trunc(), columns, fill)
 
 
 def _rotate(images: torch.Tensor, strength: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
