@@ -42,6 +42,8 @@ def main(argv: list[str]) -> None:
         model, start = initial_model(recipe, pretrained, processor, train_set, attention)
         mean, std = processor.image_mean, processor.image_std
         trainer = ViTCifarTrainer(model, args, recipe, train_set, validation_set, mean, std)
+        if not trainer.is_fsdp_enabled and not trainer.is_deepspeed_enabled:  # which wrap the model first
+            trainer.create_optimizer()  # now, as it may lack its package
     except (ValueError, ImportError, RuntimeError, StrictDataclassError) as error:
         parser.error(one_line(error))
 
@@ -69,10 +71,12 @@ def main(argv: list[str]) -> None:
     validation, test = (evaluate(model, processor, dataset) for dataset in (validation_set, test_set))
 
     state = trainer.state
-    passes = state.epoch * (1 - (resumed_from_step or 0) / state.global_step)  # of this process
+    epochs = state.epoch * (1 - (resumed_from_step or 0) / state.global_step)  # of this process
     selected = args.load_best_model_at_end and state.best_model_checkpoint  # None if a resume did not find it
-    kept_step = state.best_global_step if selected else state.global_step
-    arguments = vars(recipe) | args.to_dict()
+    # The best step that was saved: there may have been evaluations between two saves.
+    kept_step = int(selected.rpartition("-")[2]) if selected else state.global_step
+    # A resume takes the checkpoint's batch size, and --auto_find_batch_size its own.
+    arguments = vars(recipe) | args.to_dict() | {"per_device_train_batch_size": state.train_batch_size}
     dataset_name = recipe.dataset_title or records.public_name(recipe.dataset_name)
     public = {"dataset_name": dataset_name}
     for name in ("recipe", "output_dir", "resume_from_checkpoint"):
@@ -108,7 +112,7 @@ def main(argv: list[str]) -> None:
         "resumed_from_step": resumed_from_step,  # the training loss of a resumed epoch is that of its second part
         "wall_time_seconds": round(wall_time, 1),
         # Evaluation and saving are in the time; None if every step had been made before.
-        "images_per_second": round(passes * len(train_set) / result.metrics["train_runtime"], 1) or None,
+        "images_per_second": round(epochs * len(train_set) / result.metrics["train_runtime"], 1) or None,
         "validation_accuracy": validation.accuracy,
         "validation_loss": validation.loss,
         "test_accuracy": test.accuracy,

@@ -183,8 +183,6 @@ def run_step(name: str, *words: str) -> None:
 
 def train(name: str, dataset_name: str, folder: Path) -> dict:
     output = folder / re.sub(r"\W+", "_", name)
-    if (output / RECORD_NAME).is_file():  # of a run of this script that was stopped
-        return read_record(output)
     words = [*BASE, *STEPS[name], "--dataset_name", dataset_name, "--dataset_title", "cifar10-jpeg-q75"]
     subprocess.run(
         [sys.executable, __file__, "step", name, *words, "--output_dir", str(output), "--disable_tqdm", "true"],
@@ -253,18 +251,20 @@ def fill(page: str, log: dict[str, dict]) -> str:
 def main(dataset_name: str | None = None, output_folder: str = "runs/steps") -> None:
     log = json.loads(LOG.read_text()) if LOG.exists() else {}
     if dataset_name is not None:
-        missing = [name for name in STEPS if name not in log]
+        missing, failed = [name for name in STEPS if name not in log], []
         if Path(dataset_name).exists():
             dataset_name = str(Path(dataset_name).resolve())  # trainings run in ROOT
         with ThreadPoolExecutor(2) as pool:
             runs = {pool.submit(train, name, dataset_name, Path(output_folder).resolve()): name for name in missing}
             for run in as_completed(runs):
-                if run.exception():
-                    print(f"{runs[run]}: {run.exception()}", file=sys.stderr)
+                if run.exception():  # the others go on, and are in the log
+                    failed.append(f"{runs[run]}: {run.exception()}")
                     continue
                 log[runs[run]] = run.result()
                 write_json(LOG, log)
                 print(f"{run.result()['validation_accuracy']:.2%}  {runs[run]}", flush=True)
+        if failed:
+            sys.exit("\n".join(failed))
     PAGE.write_text(fill(PAGE.read_text(), log))
 
 

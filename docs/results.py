@@ -118,10 +118,10 @@ def speed() -> str:
     others = ", ".join(f"{item['median']:.2f}×" for item in preloaded["ratios"][:4])
     notes = [
         f"The commands: {_commands(record, older)}. The machines have {record['hardware']['cores']} CPU cores with "
-        "AVX-512 BF16 and are named here by their measured rate of bf16 matrix products. In bf16 ours keeps the tokens "
-        "between layers in bf16, the others in float32. Batch {record['batch_size']['training']} in "
-        f"training and {record['batch_size']['inference']} in inference; the median of {record['rounds']} and "
-        f"{older['rounds']} rounds, their spread.",
+        "AVX-512 BF16 and are named here by their measured rate of bf16 matrix products. In bf16 training ours keeps "
+        "the tokens between layers in bf16, the others in float32. Batch "
+        f"{record['batch_size']['training']} in training and {record['batch_size']['inference']} in inference; the "
+        f"median of {record['rounds']} and {older['rounds']} rounds, their spread.",
         "In bf16 on a CPU `train.py` writes attention out (`eager`), because the fused kernel's backward pass is slow "
         "there; transformers' and timm's models keep their default, the fused one. Most of the training ratio to "
         'transformers\' ViT is this choice: `attn_implementation="eager"` gives it to theirs too.',
@@ -137,8 +137,7 @@ def speed() -> str:
     parts = [
         _ratios(record, older),
         "\n".join(f"- {note}" for note in notes),
-        "A processor with AMX. Its matrix products are so fast that what lies between them, softmax, activations and "
-        "copies, takes most of a step:",
+        "A processor with AMX, whose matrix products are so fast that the rest of a step weighs more:",
         _ratios(amx),
         f"{_commands(amx)}. At {_product_rate(amx)} {_shares(amx)}",
         "A processor without bf16 units, where `train.py` and the benchmark choose float32 by themselves:",

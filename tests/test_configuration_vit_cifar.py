@@ -67,6 +67,14 @@ def test_a_classifier_loaded_with_one_output_becomes_a_regression(tmp_path):
     assert (config.num_labels, config.problem_type) == (1, None)
 
 
+def test_a_config_that_is_given_one_output_becomes_a_regression():
+    config = ViTCifarConfig()
+    config.num_labels = 1
+    assert (config.num_labels, config.problem_type) == (1, None)
+    config.num_labels = 3
+    assert list(config.id2label.values()) == ["LABEL_0", "LABEL_1", "LABEL_2"]
+
+
 def test_no_labels_at_all(tmp_path):
     ViTCifarConfig(num_labels=0).save_pretrained(tmp_path)
     assert reload(tmp_path).num_labels == 0

@@ -20,14 +20,18 @@ from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoModelForImageClassification,
+    PreTrainedModel,
     ViTImageProcessor,
     pipeline,
 )
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils.output_capturing import capture_outputs
 
 from vit_cifar import CIFAR10_CLASSES, ViTCifarConfig, ViTCifarForImageClassification, ViTCifarModel
 from vit_cifar.modeling_vit_cifar import (
     ViTCifarConvStem,
     ViTCifarDropPath,
+    ViTCifarLayer,
     ViTCifarPatchEmbeddings,
     sinusoidal_positions,
 )
@@ -744,14 +748,58 @@ def test_the_whole_graph_compiles(patches, positions):
     assert_near(compiled(pixel_values).logits, model(pixel_values).logits)
 
 
-def test_the_whole_graph_compiles_when_the_first_call_asks_for_maps():
+def test_the_whole_graph_compiles_with_maps():
     torch._dynamo.reset()
     model, pixel_values = build(), images()
+    expected = model(pixel_values, output_attentions=True)  # transformers' hooks come with the first request
     outputs = torch.compile(model, fullgraph=True, backend="aot_eager")(pixel_values, output_attentions=True)
-    expected = model(pixel_values, output_attentions=True)
     assert_near(outputs.logits, expected.logits)
     for attention, right in zip(outputs.attentions, expected.attentions, strict=True):
         assert_near(attention, right)
+
+
+def test_each_map_comes_once_within_another_model():
+    """Whose own hooks go into it as well."""
+
+    class Composite(PreTrainedModel):
+        config_class, _can_record_outputs = ViTCifarConfig, {"hidden_states": ViTCifarLayer}
+        _supports_sdpa = _supports_attention_backend = True
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.tower = ViTCifarModel(config)
+            self.post_init()
+
+        @capture_outputs
+        def forward(self, pixel_values, **kwargs):
+            return BaseModelOutput(last_hidden_state=self.tower(pixel_values, **kwargs).last_hidden_state)
+
+    model = Composite(build().config)
+    model(images(), output_hidden_states=True)
+    outputs = model.tower(images(), output_attentions=True, output_hidden_states=True)
+    assert (len(outputs.attentions), len(outputs.hidden_states)) == (2, 3)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_an_attention_mask_hides_tokens(attention):
+    model, pixel_values = build(attn_implementation=attention).eval(), images()
+    tokens = model(pixel_values, output_attentions=True).attentions[0].shape[-1]
+    assert_near(model(pixel_values, attention_mask=None).logits, model(pixel_values).logits)
+    mask = torch.zeros(1, 1, tokens, tokens)
+    mask[..., 3:] = -torch.inf
+    for attention in model(pixel_values, attention_mask=mask, output_attentions=True).attentions:
+        assert attention[..., 3:].eq(0).all()
+    assert_near(
+        model(pixel_values, attention_mask=mask).logits,
+        model(pixel_values, attention_mask=mask, output_attentions=True).logits,
+    )
+
+
+def test_a_whole_model_can_be_pickled(tmp_path):
+    model = build().eval()
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(loaded(images()).logits, model(images()).logits)
 
 
 def test_training_compiles_too():

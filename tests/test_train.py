@@ -1,6 +1,7 @@
 """train.py as its users run it: in a process of its own."""
 
 import json
+import os
 import shutil
 import signal
 import sys
@@ -56,7 +57,7 @@ def test_the_record_is_whole(smoke_folder):
     assert record["wall_time_seconds"] > 0 and record["images_per_second"] > 0
     assert record["weights_sha256"] == weights_sha256(smoke_folder)
     assert {"torch", "transformers", "python"} <= set(record["versions"])
-    assert record["hardware"]["cores"] == psutil.cpu_count(logical=False)
+    assert record["hardware"]["cores"] == (psutil.cpu_count(logical=False) or os.cpu_count())
     assert len(record["git_commit"].removesuffix("+changes")) == 40
 
 
@@ -276,6 +277,18 @@ def test_nano_starts_on_the_real_dataset_and_the_second_start_decodes_nothing(ci
     record = read_record(tmp_path / "first")
     assert record["dataset"]["images"] == {"train": 45_000, "validation": 5_000, "test": 10_000}
     assert str(cifar10) not in (tmp_path / "first" / "training_record.json").read_text()
+
+
+def test_the_kept_epoch_is_that_of_the_weights_also_when_not_each_evaluated_step_was_saved(tmp_path):
+    finished = train(
+        *("--recipe", "smoke", "--output_dir", tmp_path / "run", "--max_steps", "30", "--eval_strategy", "steps"),
+        *("--eval_steps", "1", "--save_strategy", "steps", "--save_steps", "5", "--metric_for_best_model", "accuracy"),
+        *("--load_best_model_at_end", "true"),
+    )
+    assert finished.returncode == 0, finished.stderr
+    record = read_record(tmp_path / "run")
+    step = round(record["kept_epoch"] * 10)  # of 250 images in batches of 25
+    assert record["weights_sha256"] == weights_sha256(tmp_path / "run" / f"checkpoint-{step}")
 
 
 @pytest.fixture

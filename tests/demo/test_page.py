@@ -507,13 +507,18 @@ def test_the_tabs_in_a_browser(subject, page, browser, tmp_path, theme, width):
     tab.get_by_role("option", name="truck").click()
     visit.wait_for_another(GRADIENT, gradient)
     visit.wait_for_another(OCCLUSION, occlusion)
-    expect(tab.get_by_text(f"rollout, {subject.score('rollout')}").first).to_be_visible()
     looks_right(tab, width)
+    gradient, occlusion = visit.picture(GRADIENT), visit.picture(OCCLUSION)
+    tab.locator("#answer").get_by_role("button").filter(has_text="ship").click()
+    visit.wait_for_another(GRADIENT, gradient)
+    visit.wait_for_another(OCCLUSION, occlusion)
+    expect(tab.get_by_label("Class to explain")).to_have_value("ship")
     with tab.expect_download() as download:
         tab.get_by_role("tabpanel").get_by_label("Download").nth(3).click()
+    assert download.value.suggested_filename == "the-first-gradient_rollout-ship-colour.png"
     download.value.save_as(tmp_path / "map.png")
     said = Image.open(tmp_path / "map.png").text
-    assert (said["model"], said["method"], said["class"]) == ("the-first", "gradient rollout", "truck")
+    assert (said["model"], said["method"], said["class"]) == ("the-first", "gradient rollout", "ship")
 
     tab.get_by_role("tab", name="All heads").click()
     expect(tab.locator("#strip img")).to_be_visible()
@@ -540,6 +545,10 @@ def test_the_tabs_in_a_browser(subject, page, browser, tmp_path, theme, width):
     tab.get_by_role("button", name="Show all").click()
     expect(tab.get_by_text("0 of 64 patches hidden")).to_be_visible()
     assert tab.locator("#cells input:checked").count() == 0
+    tab.get_by_label("Remove Image").click()
+    tab.wait_for_selector("#answer h2", state="detached")
+    tab.get_by_role("button", name="dog icon").click()  # without a picture no box lies over it
+    visit.wait_for_answer(truth(subject, open_image(EXAMPLES / "dog.png"))[0])
 
     tab.get_by_role("tab", name="Mistakes").click()
     confusion = torch.tensor(subject.examination.record["confusion"])

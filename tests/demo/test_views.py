@@ -16,7 +16,7 @@ from vit_cifar.demo.views import Subject, load_subjects
 from vit_cifar.explain.attention import cls_map
 from vit_cifar.explain.overlay import colour_overlay
 from vit_cifar.explain.perturbation import METHODS
-from vit_cifar.explain.pictures import UNITS, explain_image, map_options
+from vit_cifar.explain.pictures import OF_A_CLASS, UNITS, explain_image, map_options
 from vit_cifar.images import open_image
 from vit_cifar.models import BUNDLED_MODELS, DEFAULT_MODEL, ModelError
 
@@ -94,8 +94,9 @@ def test_pictures_say_what_they_show(subject, pixel_values, tmp_path):
             assert said["answer"].startswith("ship ")
             assert (said.get("layer"), said.get("head")) == (("1", "3") if method == "attention" else (None, None))
             assert said.get("class") == ("cat" if method in ("gradient rollout", "occlusion") else None)
-        expected = f"{UNITS[method]}: minimum {explanation.map.minimum.item():.4g}, maximum"
-        assert views.caption(explanation).startswith(expected)
+        caption = views.caption(subject, explanation)
+        assert f"{UNITS[method]}: minimum {explanation.map.minimum.item():.4g}, maximum" in caption
+        assert ("score" in caption) == (method in ("rollout", "random"))  # the others' settings were not examined
 
 
 @pytest.mark.parametrize(("difference", "sure"), [(0.1, True), (0.0, True), (-0.01, False), (-0.2, False)])
@@ -197,15 +198,25 @@ def test_the_commonest_mistake(subject):
     assert confusion[subject.classes.index(label), subject.classes.index(answer)] == confusion.max()
 
 
-def test_scores_are_the_examinations(subject):
+def test_scores_are_the_examinations(subject, pixel_values):
     methods = subject.examination.record["maps"]["methods"]
-    assert subject.score("rollout") == f"score {methods['rollout']['score']:.2f}"
+    seen, last = subject.look(pixel_values), subject.model.config.num_hidden_layers
+    rollout = subject.explain(seen, "rollout")
+    assert subject.score(rollout) == f"score {methods['rollout']['score']:.2f}"
+    assert subject.score(subject.explain(seen, "attention", last)) == f"score {methods['attention']['score']:.2f}"
+    for layer, head in ((1, "mean"), (last, "max"), (last, "1")):  # which were not examined
+        assert subject.score(subject.explain(seen, "attention", layer, head)) == ""
+    of_another_class = subject.look(pixel_values, "truck")
+    assert rollout.answer == "ship"
+    for method in OF_A_CLASS:
+        assert subject.score(subject.explain(seen, method)) == f"score {methods[method]['score']:.2f}"
+        assert subject.score(subject.explain(of_another_class, method)) == ""
     changed = {"score": -0.001, "passes_random_weights": False}
     record = subject.examination.record | {"maps": {"images": 5, "methods": {"rollout": changed}}}
     failing = replace(subject, examination=replace(subject.examination, record=record))
-    assert failing.score("rollout") == "score 0.00, but alike on random weights"
+    assert failing.score(rollout) == "score 0.00, but alike on random weights"
     assert "5 test images" in views.score_words(failing)
-    assert replace(subject, examination=None).score("rollout") == "not examined"
+    assert replace(subject, examination=None).score(rollout) == ""
 
 
 def test_an_examination_of_other_weights_is_left_out_and_named(tmp_path, capsys, tiny_model_folder):
@@ -228,9 +239,9 @@ def test_all_models_of_the_checkout_the_default_first(tmp_path, monkeypatch, tin
 
 def test_the_reliability_diagram_has_words_and_metadata(subject):
     assert views.reliability_picture(subject).text["model"] == DEFAULT_MODEL
-    points = subject.examination.record["calibration"]["as trained"]["reliability"]
+    last = subject.examination.record["calibration"]["as trained"]["reliability"][-1]
     alt = views.reliability_alt(subject.examination)
-    assert alt.endswith(f"{points[-1]['accuracy']:.0%} at {points[-1]['confidence']:.0%}")
+    assert alt.endswith(f"{last['accuracy']:.0%} of {last['images']:,} at {last['confidence']:.0%}")
 
 
 @pytest.mark.parametrize(("size", "shown"), [(32, 256), (48, 240), (300, 300)])

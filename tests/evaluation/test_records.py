@@ -47,25 +47,31 @@ def test_a_record_belongs_to_its_weights(smoke_folder, tmp_path):
 
 def test_epoch_log_joins_what_trainer_logs_apart():
     history = [
-        {"epoch": 1.0, "loss": 2.0, "learning_rate": 0.1},
+        {"epoch": 0.1, "loss": 5.0, "learning_rate": 0.1, "step": 1},  # --logging_first_step
+        {"epoch": 1.0, "loss": 2.0, "learning_rate": 0.1, "step": 10},
         {"epoch": 1.0, "eval_loss": 1.5, "eval_accuracy": 0.5, "eval_runtime": 1.0},
-        {"epoch": 2.0, "loss": 1.0},
+        {"epoch": 2.0, "loss": 1.0, "step": 20},
         {"epoch": 2.0, "eval_loss": 1.2, "eval_accuracy": 0.6},
         {"epoch": 2.0, "train_runtime": 9.0, "train_loss": 1.5},
     ]
     assert epoch_log(history) == [
-        {"epoch": 1, "training_loss": 2.0, "validation_loss": 1.5, "validation_accuracy": 0.5},
+        {"epoch": 1, "training_loss": 2.3, "validation_loss": 1.5, "validation_accuracy": 0.5},
         {"epoch": 2, "training_loss": 1.0, "validation_loss": 1.2, "validation_accuracy": 0.6},
     ]
 
 
 def test_epoch_log_averages_what_is_logged_within_an_epoch():
-    history = [{"epoch": epoch, "loss": loss} for epoch, loss in ((0.5, 4.0), (1.0, 2.0), (1.5, 1.0), (2.0000001, 0.5))]
+    logged = ((0.5, 4.0), (1.0, 2.0), (1.5, 1.0), (2.0000001, 0.5))
+    history = [{"epoch": epoch, "loss": loss, "step": 10 * round(2 * epoch)} for epoch, loss in logged]
     assert epoch_log(history) == [{"epoch": 1, "training_loss": 3.0}, {"epoch": 2, "training_loss": 0.75}]
 
 
 def test_a_training_that_ends_within_an_epoch_has_its_last_row_there():
-    history = [{"epoch": 1.0, "loss": 2.0}, {"epoch": 1.1005, "loss": 1.0}, {"epoch": 1.1005, "train_runtime": 9.0}]
+    history = [
+        {"epoch": 1.0, "loss": 2.0, "step": 10},
+        {"epoch": 1.1005, "loss": 1.0, "step": 11},
+        {"epoch": 1.1005, "train_runtime": 9.0},
+    ]
     assert epoch_log(history) == [{"epoch": 1, "training_loss": 2.0}, {"epoch": 1.1, "training_loss": 1.0}]
 
 

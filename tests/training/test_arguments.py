@@ -184,6 +184,26 @@ def test_tutorial_recipes_are_the_tutorials(tmp_path):
             "metric_for_best_model: expected loss or accuracy, got acc",
         ),
         (
+            ["--recipe", "nano", "--output_dir", "x", "--eval_do_concat_batches", "false"],
+            "eval_do_concat_batches: expected True, .*, got False",
+        ),
+        (
+            ["--recipe", "nano", "--output_dir", "x", "--label_names", "y"],
+            r"label_names: expected None, .*, got \['y'\]",
+        ),
+        (
+            ["--recipe", "nano", "--output_dir", "x", "--gradient_accumulation_steps", "0"],
+            "gradient_accumulation_steps: expected at least 1, got 0",
+        ),
+        (
+            ["--recipe", "nano", "--output_dir", "x", "--label_smoothing_factor", "-0.5"],
+            "label_smoothing_factor: expected a number from 0 to 1, got -0.5",
+        ),
+        (
+            ["--recipe", "nano", "--output_dir", "x", "--lr_scheduler_type", "warmup_stable_decay"],
+            "lr_scheduler_type, lr_scheduler_kwargs: expected what go together, got",
+        ),
+        (
             ["--recipe", "nano", "--output_dir", "x", "--num_train_epochs", "0"],
             "num_train_epochs or max_steps: expected",
         ),

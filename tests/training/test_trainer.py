@@ -56,6 +56,14 @@ def test_cutmix_gives_each_label_the_share_of_the_pixels_that_are_its_images(mak
     assert checked > 5
 
 
+def test_a_frozen_body_gives_the_head_the_same_each_time(make):
+    trainer = make("--config_overrides", "drop_path_rate=0.5,hidden_dropout_prob=0.3,patch_drop_rate=0.5")
+    trainer.recipe.freeze_body = True
+    inputs = {"pixel_values": torch.randn(6, 3, 32, 32), "labels": torch.arange(6)}
+    first, second = (trainer.compute_loss(trainer.model.train(), dict(inputs)) for _ in range(2))
+    assert torch.equal(first, second)
+
+
 def test_in_evaluation_nothing_is_mixed_or_moved(make):
     trainer = make("--cutmix_probability", "1")
     trainer.model.eval()
@@ -156,11 +164,47 @@ def test_a_checkpoint_of_other_images_is_refused(make, tmp_path):
         make("--max_steps", "4", images=41).train(resume_from_checkpoint=str(checkpoint))
 
 
-def test_a_checkpoint_of_before_they_named_their_images_is_gone_on_from(make, tmp_path):
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--learning_rate", "0.5"), "expected the learning_rate of .*, got 0.5$"),
+        (("--optimizer", "trainer"), "expected the optimizer of .*, muon, got trainer$"),
+        (("--config_overrides", "hidden_size=64"), "expected the model of .*, got another"),
+    ],
+)
+def test_a_checkpoint_of_another_optimizer_or_model_is_refused(make, tmp_path, words, expected):
+    """The optimizer would go on with the checkpoint's settings while the record says others."""
+    make("--max_steps", "2", "--save_steps", "2").train()
+    checkpoint, _ = newest_whole_checkpoint(tmp_path)
+    with pytest.raises(TrainingError, match=expected):
+        make("--max_steps", "4", *words).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_a_checkpoint_without_its_optimizer_is_refused(make, tmp_path):
+    trainer = make("--max_steps", "2", "--save_steps", "2", "--save_only_model", "true")
+    trainer.train()
+    trainer.args.resume_from_checkpoint = "last"
+    with pytest.raises(TrainingError, match="expected a checkpoint with its optimizer, got .*checkpoint-2"):
+        find_checkpoint(trainer.args)
+
+
+def test_each_validation_image_counts_also_where_the_last_training_batch_is_left_out(make):
+    words = ("--per_device_eval_batch_size", "30", "--max_steps", "1")
+    trainer = make("--dataloader_drop_last", "true", "--per_device_train_batch_size", "25", *words)
+    assert len(trainer.get_train_dataloader()) == 1  # of 40 images
+    found, whole = (t.evaluate() for t in (trainer, make(*words)))
+    assert (found["eval_loss"], found["eval_accuracy"]) == (whole["eval_loss"], whole["eval_accuracy"])
+
+
+@pytest.mark.parametrize("older", ["all", "the optimizer"])
+def test_a_checkpoint_of_before_they_named_their_images_is_gone_on_from(make, tmp_path, older):
     make("--max_steps", "2", "--save_steps", "2").train()
     checkpoint, _ = newest_whole_checkpoint(tmp_path)
     state = json.loads((checkpoint / "trainer_state.json").read_text())
-    del state["stateful_callbacks"]["TrainedOn"]
+    if older == "all":
+        del state["stateful_callbacks"]["TrainedOn"]
+    else:
+        del state["stateful_callbacks"]["TrainedOn"]["args"]["optimizer"]
     (checkpoint / "trainer_state.json").write_text(json.dumps(state))
     again = make("--max_steps", "4", "--save_steps", "2")
     again.train(resume_from_checkpoint=str(checkpoint))

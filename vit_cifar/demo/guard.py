@@ -1,6 +1,7 @@
 """What stands between gradio and the network: what it may be asked, how much it may be sent, how much it keeps."""
 
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,6 +25,7 @@ ASKED = {
     *("app_id", "call", "cancel", "heartbeat", "info", "queue", "run", "startup-events", "theme.css"),
     *("upload", "upload_progress"),
 }
+NAMED_BY = ("model", "method", "class", "layer", "head", "overlay", "test image")  # of a picture's metadata
 GRADIO_SAVES = processing_utils.save_pil_to_cache
 
 
@@ -87,9 +89,12 @@ def no_downloads() -> None:
 
 def whole_pictures() -> None:
     """From now on gradio puts a picture into its cache as a whole. It writes the same picture into the same file again,
-    for whoever asks for it, and a browser that reads it at that moment would get a part of it and show none."""
+    for whoever asks for it, and a browser that reads it at that moment would get a part of it and show none. A download
+    of it is named by what it shows."""
 
     def save(image: Image.Image, cache_dir: str, name: str = "image", format: str = "webp") -> str:
+        shown = "-".join(str(image.info[key]) for key in NAMED_BY if key in image.info)
+        name = re.sub(r"[^\w.-]+", "_", shown)[:100] or name
         with TemporaryDirectory(dir=cache_dir) as folder:
             written = Path(GRADIO_SAVES(image, folder, name, format))
             target = Path(cache_dir).resolve() / written.parent.name / written.name

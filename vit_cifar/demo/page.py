@@ -128,7 +128,7 @@ def _show(page: gr.Blocks, subject: Subject) -> None:
     # that it has forgotten with the value given here: this picture's maps beside the visitor's own picture.
     state = gr.State()
     with gr.Tabs():
-        maps = tabs.methods(subject, state, start)
+        maps = tabs.methods(subject, state, start, answer)
         parts = [tabs.layers_and_heads(subject, start), tabs.hide_patches(subject, state, start)]
         tabs.mistakes(subject)
 
@@ -145,6 +145,7 @@ def _show(page: gr.Blocks, subject: Subject) -> None:
     outputs = [source, answer, word, pixels, state]
     outputs += [component for part in (maps, *parts) for component in part.outputs]
     empty = [None] * len(outputs)
+    failed = [None, None, "That picture got no answer. Upload another, or take one of the test images.", *empty[3:]]
 
     def predict(upload: dict | None, target: str, layer: int, head: str) -> list:
         """The picture, class probabilities, the plain word, the image as the model saw it, and what each tab shows."""
@@ -195,6 +196,6 @@ def _show(page: gr.Blocks, subject: Subject) -> None:
     events.append(cleared)
     for event in list(events):
         # No answer to an earlier picture stays beside one that cannot be read, or that found the queue full.
-        events.append(event.failure(lambda: empty, None, outputs, queue=False, api_visibility="private", **options))
+        events.append(event.failure(lambda: failed, None, outputs, queue=False, api_visibility="private", **options))
     for event in events:  # an empty page too, or the browser may put a slow map there that was under way
         maps.follow(event)

@@ -47,8 +47,8 @@ class Maps(Tab):
     follow: Callable[[Dependency], None]
 
 
-def methods(subject: Subject, state: gr.State, start: Look) -> Maps:
-    """Each method's map, side by side, for a class to choose."""
+def methods(subject: Subject, state: gr.State, start: Look, answer: gr.Label) -> Maps:
+    """Each method's map, side by side, for a class to choose here or by a click on its row of `answer`."""
     config = subject.model.config
     layers = list(range(1, config.num_hidden_layers + 1))
     heads = ["mean", "max", *map(str, range(1, config.num_attention_heads + 1))]
@@ -74,8 +74,14 @@ def methods(subject: Subject, state: gr.State, start: Look) -> Maps:
             return [None, ""]
         return figure(subject.explain(subject.look(pixel_values, target), "occlusion"))
 
+    def choose(pixel_values: torch.Tensor | None, shown: dict[str, float], event: gr.SelectData) -> str:
+        """The class whose row was clicked, as `target` names it."""
+        if pixel_values is None:  # the page was opened just now, or so long ago that its picture is forgotten
+            raise gr.Error("expected a picture, got none: choose one first", print_exception=False)
+        return "" if event.value == max(shown, key=shown.get) else event.value
+
     def figure(found: Explanation) -> list:
-        return [views.overlay(found), views.caption(found)]
+        return [views.overlay(found), views.caption(subject, found)]
 
     with gr.Tab("Maps"), gr.Row(elem_id="maps"):
         with gr.Column():
@@ -83,7 +89,7 @@ def methods(subject: Subject, state: gr.State, start: Look) -> Maps:
                 [("its answer", ""), *subject.classes],
                 value="",
                 label="Class to explain",
-                info="for gradient rollout and occlusion",
+                info="for gradient rollout and occlusion; or click it above",
                 interactive=False,
             )
             layer = gr.Radio(layers, value=layers[-1], label="Layer", info="for attention", interactive=False)
@@ -96,8 +102,8 @@ def methods(subject: Subject, state: gr.State, start: Look) -> Maps:
             quick += _figure("attention, classic", "Your picture, dark where the model attends little", values)
             for name in METHODS:
                 own = iter(figure(subject.explain(start, "occlusion"))) if name == "occlusion" else values
-                label, alt_text = f"{name}, {subject.score(name)}", f"Your picture under a colour map of {name}"
-                (slow if name == "occlusion" else quick).extend(_figure(label, alt_text, own))
+                alt_text = f"Your picture under a colour map of {name}"
+                (slow if name == "occlusion" else quick).extend(_figure(name, alt_text, own))
         with gr.Column(elem_id="words"):
             gr.Markdown(
                 "Each map has a colour scale of its own: mind the numbers below it. Entropy is how evenly the map is "
@@ -110,12 +116,17 @@ def methods(subject: Subject, state: gr.State, start: Look) -> Maps:
     options = {"show_progress": "minimal", "trigger_mode": "always_last", "concurrency_id": "picture"}
     controls = [target, layer, head]
     gr.on([layer.input, head.input], redraw, [state, *controls], quick, api_name="redraw", **options)
-    chosen = target.input(redraw, [state, *controls], quick, api_visibility="private", **options)
+    clicked = answer.select(choose, [state, answer], target, api_visibility="private", **options)
+    chosen = [
+        target.input(redraw, [state, *controls], quick, api_visibility="private", **options),
+        clicked.success(redraw, [state, *controls], quick, api_visibility="private", **options),
+    ]
 
     def follow(event: Dependency, **api: str) -> None:
         event.success(occlude, [state, target], slow, **(api or {"api_visibility": "private"}), **options)
 
-    follow(chosen, api_name="occlusion")
+    follow(chosen[0], api_name="occlusion")
+    follow(chosen[1])
 
     def draw_all(seen: Look, layer: int, head: str) -> list:
         return [None, "", *draw(seen, layer, head)]  # occlusion comes later
@@ -136,7 +147,7 @@ def layers_and_heads(subject: Subject, start: Look) -> Tab:
         )
         strip = gr.Image(
             views.strip(subject, start),
-            show_label=False,
+            label="attention",
             alt_text="Your picture under the attention of every head of every layer",
             elem_id="strip",
             **PICTURE,
@@ -176,7 +187,10 @@ def hide_patches(subject: Subject, state: gr.State, start: Look) -> Tab:
         with gr.Column(elem_id="board"):
             gr.HTML(f"<style>#board {{ --columns: {columns} }}</style>")
             board = gr.Image(
-                picture, label="Click the patches to hide", alt_text="Your picture without the patches", **SQUARE
+                picture,
+                label="Click the patches to hide",
+                alt_text="Your picture without the patches",
+                **SQUARE | {"buttons": []},  # a button would lie over a patch
             )
             cells = gr.CheckboxGroup(
                 names,
@@ -252,11 +266,11 @@ def mistakes(subject: Subject) -> None:
         )
         gr.Markdown(
             f"## How far to believe its probabilities\n{calibration_words(examination.record)} "
-            "Points above the line: it is right more often than it says."
+            "Points above the line: it is right more often than it says. The larger a point, the more images."
         )
         gr.Image(
             views.reliability_picture(subject),
-            show_label=False,
+            label="reliability diagram",
             alt_text=views.reliability_alt(examination),
             elem_id="reliability",
             **PICTURE,

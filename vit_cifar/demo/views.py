@@ -67,13 +67,15 @@ class Subject:
         """One method's map of the one image that was looked at; only `attention` has layers and heads."""
         return explain(seen, self.processor, self.name, method, layer, head)
 
-    def score(self, method: str) -> str:
-        """How far this model's examination found that the method can be trusted."""
-        if self.examination is None:
-            return "not examined"
-        found = self.examination.record["maps"]["methods"][method]
-        passes = found.get("passes_random_weights", True)
-        score = round(found["score"], 2) + 0.0  # + 0.0: not -0.00
+    def score(self, found: Explanation) -> str:
+        """How far this model's examination found that such a map can be trusted; "" of another layer, head or class."""
+        examined = {"layer": str(self.model.config.num_hidden_layers), "head": "mean", "class": found.answer}
+        others = any(found.description.get(key, value) != value for key, value in examined.items())
+        if self.examination is None or others:
+            return ""
+        numbers = self.examination.record["maps"]["methods"][found.description["method"]]
+        passes = numbers.get("passes_random_weights", True)
+        score = round(numbers["score"], 2) + 0.0  # + 0.0: not -0.00
         return f"score {score:.2f}" + ("" if passes else ", but alike on random weights")
 
 
@@ -167,10 +169,15 @@ def overlay(found: Explanation, kind: str = "colour") -> Image.Image:
     return to_picture(draw(found.map.values.cpu(), found.image[None])[0], found.metadata() | {"overlay": kind})
 
 
-def caption(found: Explanation) -> str:
-    """What the colours hide, with its unit."""
-    numbers = ", ".join(f"{name} {value}" for name, value in found.numbers().items())
-    return f"{UNITS[found.description['method']]}: {numbers}"
+def caption(subject: Subject, found: Explanation) -> str:
+    """What the colours hide, as Markdown: the raw numbers with their unit, and the method's score."""
+    method, score = found.description["method"], subject.score(found)
+    words = [f"**{score}**"] if score else []
+    if method == "occlusion":
+        most = found.map.values.abs().max().item()
+        words.append(f"no patch changes the probability by more than {100 * most:.1f} percentage points")
+    words.append(f"{UNITS[method]}: " + ", ".join(f"{name} {value}" for name, value in found.numbers().items()))
+    return "; ".join(words)
 
 
 def strip(subject: Subject, seen: Look) -> Image.Image:
@@ -184,7 +191,7 @@ def strip(subject: Subject, seen: Look) -> Image.Image:
     cells = [to_picture(cell, times=3) for cell in colour_overlay(torch.cat(maps), image)]
     side, margin, gap = cells[0].width, 24, 4
     size = (margin + len(columns) * (side + gap), margin + layers * (side + gap))
-    sheet, font = Image.new("RGB", size, "white"), ImageFont.load_default(14)
+    sheet, font = Image.new("RGB", size, "white"), ImageFont.load_default(20)
     draw = ImageDraw.Draw(sheet)
     for number, cell in enumerate(cells):
         row, column = divmod(number, len(columns))
@@ -322,7 +329,10 @@ def reliability_picture(subject: Subject) -> Image.Image:
     axes.plot([0, 1], [0, 1], color="0.5", linestyle=":", label="right as often as it says")
     for name, found in subject.examination.record["calibration"].items():
         points = found["reliability"]
-        axes.plot([p["confidence"] for p in points], [p["accuracy"] for p in points], "o-", label=name)
+        at = [p["confidence"] for p in points], [p["accuracy"] for p in points]
+        axes.plot(*at, label=name)
+        most = max(p["images"] for p in points)
+        axes.scatter(*at, [4 + 150 * p["images"] / most for p in points], zorder=3, clip_on=False)
     axes.set(xlabel="probability that it gives its answer", ylabel="share of right answers", xlim=(0, 1), ylim=(0, 1))
     axes.legend()
     buffer = io.BytesIO()
@@ -333,5 +343,5 @@ def reliability_picture(subject: Subject) -> Image.Image:
 def reliability_alt(examination: Examination) -> str:
     """The diagram for those who do not see it."""
     points = examination.record["calibration"]["as trained"]["reliability"]
-    pairs = ", ".join(f"{p['accuracy']:.0%} at {p['confidence']:.0%}" for p in points)
-    return f"Share of right answers against the probability that the model gives them: {pairs}"
+    found = ", ".join(f"{p['accuracy']:.0%} of {p['images']:,} at {p['confidence']:.0%}" for p in points)
+    return f"Share of right answers, of how many, against the probability that the model gives them: {found}"

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import shlex
+import statistics
 import subprocess
 from pathlib import Path
 
@@ -145,15 +146,20 @@ def public_command(words: list[str], names: dict[str, str]) -> str:
 def epoch_log(log_history: list[dict]) -> list[dict]:
     """Trainer's log -> a row for each epoch: its end and the means of both losses and the validation accuracy."""
     names = {"loss": "training_loss", "eval_loss": "validation_loss", "eval_accuracy": "validation_accuracy"}
-    values: dict[int, dict[str, list[float]]] = {}
+    values: dict[int, dict[str, list[tuple[float, int]]]] = {}  # (value, its weight)
+    before = 0
     for entry in log_history:
+        steps = 1
+        if "loss" in entry:  # a mean over the steps since the last one
+            steps, before = max(entry["step"] - before, 1), entry["step"]
         epoch = values.setdefault(math.ceil(round(entry["epoch"], 6)), {})  # 0.5 is the middle of the first one
         for key, name in names.items():
             if key in entry:
-                epoch.setdefault(name, []).append(entry[key])
+                epoch.setdefault(name, []).append((entry[key], steps))
     end = round(max((entry["epoch"] for entry in log_history), default=0), 2)  # may be within the last epoch
     return [
-        {"epoch": min(epoch, end)} | {name: sum(found) / len(found) for name, found in values[epoch].items()}
+        {"epoch": min(epoch, end)}
+        | {name: round(statistics.fmean(*zip(*found, strict=True)), 10) for name, found in values[epoch].items()}
         for epoch in sorted(values)
         if values[epoch]
     ]

@@ -9,13 +9,23 @@ from typing import Literal, get_args
 
 import torch
 import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments, get_scheduler
 from transformers.hf_argparser import string_to_bool
 
 from ..errors import one_line
 from .data import CIFAR10_NAME
 
 RECIPES = Path(__file__).parent / "recipes"
+# What Trainer offers and this training cannot use: batches of images without columns, and metrics over all of them.
+FIXED = {
+    "remove_unused_columns": False,
+    "eval_do_concat_batches": True,
+    "eval_use_gather_object": False,
+    "batch_eval_metrics": False,
+    "prediction_loss_only": False,
+    "label_names": None,
+    "enable_jit_checkpoint": False,  # it ends as a finished training; without it SIGTERM leaves the last checkpoint
+}
 
 
 @dataclass
@@ -213,6 +223,22 @@ def _check(
             f"num_train_epochs or max_steps: expected more than 0, got {training_args.num_train_epochs:g} and "
             f"{training_args.max_steps}"
         )
+    for name, value in FIXED.items():
+        if (found := getattr(training_args, name, value)) != value:  # not every version has each
+            parser.error(f"{name}: expected {value}, as nothing else fits this training, got {found}")
+    for name in ("gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size"):
+        if getattr(training_args, name) < 1:
+            parser.error(f"{name}: expected at least 1, got {getattr(training_args, name)}")
+    if not 0 <= training_args.label_smoothing_factor <= 1:
+        parser.error(
+            f"label_smoothing_factor: expected a number from 0 to 1, got {training_args.label_smoothing_factor}"
+        )
+    try:
+        throwaway = torch.optim.SGD([torch.zeros(1)])
+        kwargs = training_args.lr_scheduler_kwargs
+        get_scheduler(training_args.lr_scheduler_type, throwaway, 1, 10, scheduler_specific_kwargs=kwargs)
+    except (TypeError, ValueError) as error:
+        parser.error(f"lr_scheduler_type, lr_scheduler_kwargs: expected what go together, got {one_line(error)}")
     if training_args.n_gpu > 1:  # Trainer would multiply the batch, and batch norm would see a part of it
         parser.error(
             f"expected one process for each of {training_args.n_gpu} GPUs (torchrun --nproc_per_node "

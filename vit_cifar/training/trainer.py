@@ -13,6 +13,7 @@ import psutil
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import (
     EarlyStoppingCallback,
     EvalPrediction,
@@ -26,7 +27,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
-from ..errors import UserError, first_line
+from ..errors import UserError, first_line, one_line
 from ..integrity import (
     SUMS_NAME,
     WEIGHTS_NAME,
@@ -41,6 +42,12 @@ from .augmentation import Augmentation
 from .data import ImageDataset, keep_batch, normalize
 from .distributed import synchronize_batch_norm
 from .optimizer import MuonWithAdamW, decayed_parameter_names, muon_parameter_names
+
+# What a resumed optimizer takes from its checkpoint, whatever the command says.
+OPTIMIZER_SETTINGS = (
+    *("optimizer", "optim", "optim_args", "learning_rate", "muon_learning_rate", "weight_decay"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon"),
+)
 
 
 class TrainingError(UserError):
@@ -66,13 +73,13 @@ class Clock(TrainerCallback, ExportableState):
 
 
 class TrainedOn(TrainerCallback, ExportableState):
-    """Which images a checkpoint was trained and compared on."""
+    """Which images a checkpoint was trained and compared on, and its OPTIMIZER_SETTINGS."""
 
-    def __init__(self, digest: str):
-        self.digest = digest
+    def __init__(self, digest: str, optimizer: dict | None = None):
+        self.digest, self.optimizer = digest, optimizer
 
     def state(self) -> dict:
-        return {"args": {"digest": self.digest}, "attributes": {}}
+        return {"args": {"digest": self.digest, "optimizer": self.optimizer}, "attributes": {}}
 
 
 class SaveAfterEvaluation(TrainerCallback):
@@ -135,7 +142,10 @@ class ViTCifarTrainer(Trainer):
         side = train_dataset.images.shape[-1]
         if recipe.max_shift >= side:
             raise ValueError(f"max_shift: expected less than the images' {side} pixels, got {recipe.max_shift}")
-        callbacks = [Clock(), TrainedOn(train_dataset.digest() + eval_dataset.digest()), SaveAfterEvaluation()]
+        arguments = vars(recipe) | args.to_dict()
+        optimizer = {name: arguments[name] for name in OPTIMIZER_SETTINGS}
+        trained_on = TrainedOn(train_dataset.digest() + eval_dataset.digest(), optimizer)
+        callbacks = [Clock(), trained_on, SaveAfterEvaluation()]
         if recipe.early_stopping_patience is not None:
             callbacks.append(EarlyStoppingCallback(recipe.early_stopping_patience))
         if args.world_size > 1:
@@ -168,6 +178,8 @@ class ViTCifarTrainer(Trainer):
         cross-entropy."""
         if not model.training:
             return super().compute_loss(model, inputs, *args, **kwargs)
+        if self.recipe.freeze_body:
+            self.model.vit.eval()  # as what it is for the head: without dropout, drop path and dropped patches
         logits = model(inputs["pixel_values"]).logits.float()
         return nn.functional.cross_entropy(logits, inputs["labels"], label_smoothing=self.args.label_smoothing_factor)
 
@@ -203,19 +215,32 @@ class ViTCifarTrainer(Trainer):
         return inputs
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args, **kwargs) -> None:
-        """As in Trainer, but only from a checkpoint of the same training and validation images.
+        """As in Trainer, but only from a checkpoint of the same images, optimizer settings and model.
 
         Raises:
             TrainingError: they are others.
         """
         before = TrainerState.load_from_json(str(Path(resume_from_checkpoint, TRAINER_STATE_NAME))).stateful_callbacks
-        own = self._callback(TrainedOn).state()
-        if before.get(TrainedOn.__name__, own) != own:  # older checkpoints do not say
+        own = self._callback(TrainedOn).state()["args"]
+        before = own | before.get(TrainedOn.__name__, {"args": {}})["args"]  # older checkpoints do not say
+        if before["digest"] != own["digest"]:
             raise TrainingError(
                 "resume_from_checkpoint: expected the training and validation images, labels and classes of "
                 f"{resume_from_checkpoint}, got others"
             )
-        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+        for name, value in (before["optimizer"] or own["optimizer"]).items():
+            if value != own["optimizer"][name]:
+                raise TrainingError(
+                    f"resume_from_checkpoint: expected the {name} of {resume_from_checkpoint}, {value}, "
+                    f"got {own['optimizer'][name]}"
+                )
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+        except (RuntimeError, ValueError) as error:  # tensors of other names or shapes
+            raise TrainingError(
+                f"resume_from_checkpoint: expected the model of {resume_from_checkpoint}, got another: "
+                f"{one_line(error)[:200]}"
+            ) from error
 
     def _load_callback_state(self) -> None:
         """As in Trainer, but the patience is that of this command, not the checkpoint's."""
@@ -234,6 +259,14 @@ class ViTCifarTrainer(Trainer):
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
+
+    def get_eval_dataloader(self, *args, **kwargs) -> DataLoader:
+        """As in Trainer, but `dataloader_drop_last` is of the training images alone: each validation image counts."""
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drop_last
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return decayed_parameter_names(model)
@@ -380,6 +413,10 @@ def find_checkpoint(args: TrainingArguments) -> tuple[str | None, int | None]:
             newest, _ = newest_whole_checkpoint(output_dir)
             offer = f"; {newest} is whole" if newest else ""
             raise TrainingError(f"resume_from_checkpoint: {error}{offer}") from error
+    if not any(Path(wanted).glob("optimizer*")):
+        raise TrainingError(
+            f"resume_from_checkpoint: expected a checkpoint with its optimizer, got {wanted}, of --save_only_model"
+        )
     state = TrainerState.load_from_json(str(Path(wanted, TRAINER_STATE_NAME)))
     if args.load_best_model_at_end and state.best_model_checkpoint and Path(state.best_model_checkpoint).is_dir():
         check_best(state)

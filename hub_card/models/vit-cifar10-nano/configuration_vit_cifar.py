@@ -115,6 +115,12 @@ class ViTCifarConfig(PreTrainedConfig):
             self.label2id = {name: index for index, name in self.id2label.items()}
         self.validate_architecture()  # here as well as by @strict, which would wrap the one line into two
 
+    @PreTrainedConfig.num_labels.setter
+    def num_labels(self, num_labels: int) -> None:
+        PreTrainedConfig.num_labels.fset(self, num_labels)
+        if num_labels == 1 and self.problem_type == "single_label_classification":
+            self.problem_type = None  # as on loading: the cross-entropy of one class is 0 and trains nothing
+
     def _refuse_near_misses(self, kwargs: dict) -> None:
         """transformers stores unknown keywords silently, so a misspelt field would train another model."""
         fields = [*self.__dataclass_fields__, "num_labels", "output_attentions"]

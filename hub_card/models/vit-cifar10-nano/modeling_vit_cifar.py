@@ -24,7 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs, maybe_install_capturing_hooks
+from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_vit_cifar import ViTCifarConfig
 
@@ -195,8 +195,8 @@ class ViTCifarAttention(nn.Module):
         attend = eager_attention_forward
         if not kwargs.get("output_attentions", self.config.output_attentions):  # fused kernels have no maps to give
             attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        dropout = self.attention_dropout if self.training else 0.0
-        context, attention = attend(self, query, key, value, None, scaling=self.scaling, dropout=dropout, **kwargs)
+        dropout, mask = self.attention_dropout if self.training else 0.0, kwargs.pop("attention_mask", None)
+        context, attention = attend(self, query, key, value, mask, scaling=self.scaling, dropout=dropout, **kwargs)
         return self.o_proj(context.flatten(2)), attention
 
 
@@ -292,8 +292,6 @@ class ViTCifarModel(ViTCifarPreTrainedModel):
         self.layers = nn.ModuleList([ViTCifarLayer(config, rate) for rate in rates])
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
-        # transformers does this at the first request for maps, which torch.compile cannot trace.
-        maybe_install_capturing_hooks(self)
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
