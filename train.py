@@ -75,8 +75,8 @@ def main(argv: list[str]) -> None:
     selected = args.load_best_model_at_end and state.best_model_checkpoint  # None if a resume did not find it
     # The best step that was saved: there may have been evaluations between two saves.
     kept_step = int(selected.rpartition("-")[2]) if selected else state.global_step
-    # A resume takes the checkpoint's batch size, and --auto_find_batch_size its own.
-    arguments = vars(recipe) | args.to_dict() | {"per_device_train_batch_size": state.train_batch_size}
+    arguments = vars(recipe) | args.to_dict()
+    arguments["per_device_train_batch_size"] = trainer._train_batch_size  # --auto_find_batch_size finds its own
     dataset_name = recipe.dataset_title or records.public_name(recipe.dataset_name)
     public = {"dataset_name": dataset_name}
     for name in ("recipe", "output_dir", "resume_from_checkpoint"):

@@ -73,6 +73,9 @@ def test_a_config_that_is_given_one_output_becomes_a_regression():
     assert (config.num_labels, config.problem_type) == (1, None)
     config.num_labels = 3
     assert list(config.id2label.values()) == ["LABEL_0", "LABEL_1", "LABEL_2"]
+    assert config.problem_type == "single_label_classification"
+    with pytest.raises(ValueError, match="problem_type: expected regression with num_labels 1"):
+        ViTCifarConfig(num_labels=1, problem_type="single_label_classification")
 
 
 def test_no_labels_at_all(tmp_path):

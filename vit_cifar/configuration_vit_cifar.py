@@ -103,7 +103,9 @@ class ViTCifarConfig(PreTrainedConfig):
         if self.problem_type is None and num_labels != 1:
             # Left unset, transformers takes float labels for a multi-label task and trains with the wrong loss.
             self.problem_type = "single_label_classification"
-        elif self.problem_type == "single_label_classification" and num_labels == 1 and loaded:
+        elif self.problem_type == "single_label_classification" and num_labels == 1:
+            if not loaded:
+                raise ValueError("problem_type: expected regression with num_labels 1, got single_label_classification")
             self.problem_type = None  # a classifier reloaded with one output: transformers makes that a regression
         super().__post_init__(**kwargs)
         if sorted(self.id2label) != list(range(len(self.id2label))):
@@ -119,7 +121,9 @@ class ViTCifarConfig(PreTrainedConfig):
     def num_labels(self, num_labels: int) -> None:
         PreTrainedConfig.num_labels.fset(self, num_labels)
         if num_labels == 1 and self.problem_type == "single_label_classification":
-            self.problem_type = None  # as on loading: the cross-entropy of one class is 0 and trains nothing
+            self.problem_type = None  # a regression: the cross-entropy of one class is 0 and trains nothing
+        elif num_labels > 1 and self.problem_type is None:
+            self.problem_type = "single_label_classification"
 
     def _refuse_near_misses(self, kwargs: dict) -> None:
         """transformers stores unknown keywords silently, so a misspelt field would train another model."""

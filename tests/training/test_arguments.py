@@ -98,6 +98,13 @@ def test_with_use_cpu_the_processor_chooses_the_number_format_not_the_gpu(monkey
     assert machine_supports_bf16() and not machine_supports_bf16(use_cpu=True)
 
 
+def test_a_schedule_is_checked_with_its_learning_rate(tmp_path):
+    words = ("--lr_scheduler_type", "polynomial", "--lr_scheduler_kwargs", '{"lr_end": 0.002}')
+    assert parse("--recipe", "nano", "--learning_rate", "0.01", *words, "--output_dir", tmp_path)
+    with pytest.raises(SystemExit):
+        parse("--recipe", "nano", "--learning_rate", "0.001", *words, "--output_dir", tmp_path)
+
+
 def test_a_machine_without_bf16_units_trains_in_float32(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "amx_tile": True, "amx_bf16": False})

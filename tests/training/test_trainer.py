@@ -169,7 +169,7 @@ def test_a_checkpoint_of_other_images_is_refused(make, tmp_path):
     [
         (("--learning_rate", "0.5"), "expected the learning_rate of .*, got 0.5$"),
         (("--optimizer", "trainer"), "expected the optimizer of .*, muon, got trainer$"),
-        (("--config_overrides", "hidden_size=64"), "expected the model of .*, got another"),
+        (("--config_overrides", "num_attention_heads=1"), "expected the num_attention_heads of .*, got 1$"),
     ],
 )
 def test_a_checkpoint_of_another_optimizer_or_model_is_refused(make, tmp_path, words, expected):
@@ -209,6 +209,9 @@ def test_a_checkpoint_of_before_they_named_their_images_is_gone_on_from(make, tm
     again = make("--max_steps", "4", "--save_steps", "2")
     again.train(resume_from_checkpoint=str(checkpoint))
     assert again.state.global_step == 4
+    newest, _ = newest_whole_checkpoint(tmp_path)
+    with pytest.raises(TrainingError, match="expected the learning_rate of"):  # which it has said itself
+        make("--max_steps", "6", "--learning_rate", "0.5").train(resume_from_checkpoint=str(newest))
 
 
 def test_an_evaluation_within_the_epoch_before_the_first_eligible_one_is_not_kept(make):

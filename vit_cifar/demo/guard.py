@@ -94,7 +94,7 @@ def whole_pictures() -> None:
 
     def save(image: Image.Image, cache_dir: str, name: str = "image", format: str = "webp") -> str:
         shown = "-".join(str(image.info[key]) for key in NAMED_BY if key in image.info)
-        name = re.sub(r"[^\w.-]+", "_", shown)[:100] or name
+        name = re.sub(r"[^\w.-]+", "_", shown).encode()[:100].decode(errors="ignore") or name
         with TemporaryDirectory(dir=cache_dir) as folder:
             written = Path(GRADIO_SAVES(image, folder, name, format))
             target = Path(cache_dir).resolve() / written.parent.name / written.name

@@ -196,6 +196,9 @@ def _show(page: gr.Blocks, subject: Subject) -> None:
     events.append(cleared)
     for event in list(events):
         # No answer to an earlier picture stays beside one that cannot be read, or that found the queue full.
-        events.append(event.failure(lambda: failed, None, outputs, queue=False, api_visibility="private", **options))
+        shown = empty if event is cleared else failed
+        events.append(
+            event.failure(lambda shown=shown: shown, None, outputs, queue=False, api_visibility="private", **options)
+        )
     for event in events:  # an empty page too, or the browser may put a slow map there that was under way
         maps.follow(event)

@@ -116,7 +116,9 @@ def methods(subject: Subject, state: gr.State, start: Look, answer: gr.Label) ->
     options = {"show_progress": "minimal", "trigger_mode": "always_last", "concurrency_id": "picture"}
     controls = [target, layer, head]
     gr.on([layer.input, head.input], redraw, [state, *controls], quick, api_name="redraw", **options)
-    clicked = answer.select(choose, [state, answer], target, api_visibility="private", **options)
+    # "multiple": a delayed event of this kind would carry the first click's class.
+    row = options | {"trigger_mode": "multiple", "api_visibility": "private"}
+    clicked = answer.select(choose, [state, answer], target, **row)
     chosen = [
         target.input(redraw, [state, *controls], quick, api_visibility="private", **options),
         clicked.success(redraw, [state, *controls], quick, api_visibility="private", **options),

@@ -16,7 +16,7 @@ from ..errors import one_line
 from .data import CIFAR10_NAME
 
 RECIPES = Path(__file__).parent / "recipes"
-# What Trainer offers and this training cannot use: batches of images without columns, and metrics over all of them.
+# Arguments of Trainer of which one value works here: a batch has no columns, and the metrics need all logits at once.
 FIXED = {
     "remove_unused_columns": False,
     "eval_do_concat_batches": True,
@@ -234,7 +234,7 @@ def _check(
             f"label_smoothing_factor: expected a number from 0 to 1, got {training_args.label_smoothing_factor}"
         )
     try:
-        throwaway = torch.optim.SGD([torch.zeros(1)])
+        throwaway = torch.optim.SGD([torch.zeros(1)], lr=training_args.learning_rate)
         kwargs = training_args.lr_scheduler_kwargs
         get_scheduler(training_args.lr_scheduler_type, throwaway, 1, 10, scheduler_specific_kwargs=kwargs)
     except (TypeError, ValueError) as error:

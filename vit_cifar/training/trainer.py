@@ -27,7 +27,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
-from ..errors import UserError, first_line, one_line
+from ..configuration_vit_cifar import ViTCifarConfig
+from ..errors import UserError, first_line
 from ..integrity import (
     SUMS_NAME,
     WEIGHTS_NAME,
@@ -44,10 +45,8 @@ from .distributed import synchronize_batch_norm
 from .optimizer import MuonWithAdamW, decayed_parameter_names, muon_parameter_names
 
 # What a resumed optimizer takes from its checkpoint, whatever the command says.
-OPTIMIZER_SETTINGS = (
-    *("optimizer", "optim", "optim_args", "learning_rate", "muon_learning_rate", "weight_decay"),
-    *("adam_beta1", "adam_beta2", "adam_epsilon"),
-)
+OPTIMIZER_SETTINGS = ("optimizer", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+OWN_SETTINGS = {"muon": ("muon_learning_rate",), "adam": (), "trainer": ("optim", "optim_args")}
 
 
 class TrainingError(UserError):
@@ -73,7 +72,7 @@ class Clock(TrainerCallback, ExportableState):
 
 
 class TrainedOn(TrainerCallback, ExportableState):
-    """Which images a checkpoint was trained and compared on, and its OPTIMIZER_SETTINGS."""
+    """Which images a checkpoint was trained and compared on, and the settings of its optimizer."""
 
     def __init__(self, digest: str, optimizer: dict | None = None):
         self.digest, self.optimizer = digest, optimizer
@@ -143,9 +142,9 @@ class ViTCifarTrainer(Trainer):
         if recipe.max_shift >= side:
             raise ValueError(f"max_shift: expected less than the images' {side} pixels, got {recipe.max_shift}")
         arguments = vars(recipe) | args.to_dict()
-        optimizer = {name: arguments[name] for name in OPTIMIZER_SETTINGS}
-        trained_on = TrainedOn(train_dataset.digest() + eval_dataset.digest(), optimizer)
-        callbacks = [Clock(), trained_on, SaveAfterEvaluation()]
+        optimizer = {name: arguments[name] for name in OPTIMIZER_SETTINGS + OWN_SETTINGS[recipe.optimizer]}
+        self.trained_on = TrainedOn(train_dataset.digest() + eval_dataset.digest(), optimizer)
+        callbacks = [Clock(), self.trained_on, SaveAfterEvaluation()]
         if recipe.early_stopping_patience is not None:
             callbacks.append(EarlyStoppingCallback(recipe.early_stopping_patience))
         if args.world_size > 1:
@@ -179,7 +178,7 @@ class ViTCifarTrainer(Trainer):
         if not model.training:
             return super().compute_loss(model, inputs, *args, **kwargs)
         if self.recipe.freeze_body:
-            self.model.vit.eval()  # as what it is for the head: without dropout, drop path and dropped patches
+            self.model.vit.eval()  # a fixed extractor: no dropout, no drop path, no dropped patches
         logits = model(inputs["pixel_values"]).logits.float()
         return nn.functional.cross_entropy(logits, inputs["labels"], label_smoothing=self.args.label_smoothing_factor)
 
@@ -221,35 +220,33 @@ class ViTCifarTrainer(Trainer):
             TrainingError: they are others.
         """
         before = TrainerState.load_from_json(str(Path(resume_from_checkpoint, TRAINER_STATE_NAME))).stateful_callbacks
-        own = self._callback(TrainedOn).state()["args"]
-        before = own | before.get(TrainedOn.__name__, {"args": {}})["args"]  # older checkpoints do not say
-        if before["digest"] != own["digest"]:
+        before = before.get(TrainedOn.__name__, {"args": {}})["args"]  # older checkpoints do not say all of it
+        if before.get("digest", self.trained_on.digest) != self.trained_on.digest:
             raise TrainingError(
                 "resume_from_checkpoint: expected the training and validation images, labels and classes of "
                 f"{resume_from_checkpoint}, got others"
             )
-        for name, value in (before["optimizer"] or own["optimizer"]).items():
-            if value != own["optimizer"][name]:
+        config, own_config = ViTCifarConfig.from_pretrained(resume_from_checkpoint), self.model.config
+        expected = {name: getattr(config, name) for name in ViTCifarConfig.__annotations__}
+        expected |= before.get("optimizer") or {}
+        own = {name: getattr(own_config, name) for name in ViTCifarConfig.__annotations__} | self.trained_on.optimizer
+        for name, value in own.items():
+            if expected.get(name, value) != value:
                 raise TrainingError(
-                    f"resume_from_checkpoint: expected the {name} of {resume_from_checkpoint}, {value}, "
-                    f"got {own['optimizer'][name]}"
+                    f"resume_from_checkpoint: expected the {name} of {resume_from_checkpoint}, {expected[name]}, "
+                    f"got {value}"
                 )
-        try:
-            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
-        except (RuntimeError, ValueError) as error:  # tensors of other names or shapes
-            raise TrainingError(
-                f"resume_from_checkpoint: expected the model of {resume_from_checkpoint}, got another: "
-                f"{one_line(error)[:200]}"
-            ) from error
+        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
 
     def _load_callback_state(self) -> None:
         """As in Trainer, but the patience is that of this command, not the checkpoint's."""
         super()._load_callback_state()
         if stopping := self._callback(EarlyStoppingCallback):
             stopping.early_stopping_patience = self.recipe.early_stopping_patience
-        for callback in filter(None, (stopping, self._callback(TrainedOn))):
-            # Of a checkpoint without it, by its patience or its age: Trainer's next save asks for it.
-            self.state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
+            # Of a checkpoint without it: Trainer's next save asks for it.
+            self.state.stateful_callbacks.setdefault(type(stopping).__name__, stopping.state())
+        vars(self._callback(TrainedOn)).update(vars(self.trained_on))  # an older checkpoint's says less
+        self.state.stateful_callbacks[TrainedOn.__name__] = self.trained_on.state()
 
     def _run_epoch(self, *args, **kwargs) -> None:
         """As in Trainer, but a training that has already ended gets no further step or epoch."""
@@ -413,7 +410,7 @@ def find_checkpoint(args: TrainingArguments) -> tuple[str | None, int | None]:
             newest, _ = newest_whole_checkpoint(output_dir)
             offer = f"; {newest} is whole" if newest else ""
             raise TrainingError(f"resume_from_checkpoint: {error}{offer}") from error
-    if not any(Path(wanted).glob("optimizer*")):
+    if not args.deepspeed and not any(Path(wanted).glob("optimizer*")):
         raise TrainingError(
             f"resume_from_checkpoint: expected a checkpoint with its optimizer, got {wanted}, of --save_only_model"
         )

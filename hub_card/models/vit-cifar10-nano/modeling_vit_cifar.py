@@ -24,7 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.output_capturing import capture_outputs, maybe_install_capturing_hooks
 
 from .configuration_vit_cifar import ViTCifarConfig
 
@@ -162,6 +162,8 @@ def eager_attention_forward(
     """
     attention = query @ (key * scaling).transpose(-1, -2)
     if attention_mask is not None:
+        if attention_mask.dtype == torch.bool:  # which to keep, as sdpa takes it
+            attention_mask = torch.where(attention_mask, 0.0, -torch.inf)
         attention = attention + attention_mask
     attention = attention.softmax(dim=-1).to(value.dtype)
     context = nn.functional.dropout(attention, p=dropout, training=module.training) @ value
@@ -188,9 +190,8 @@ class ViTCifarAttention(nn.Module):
         self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(heads).transpose(1, 2)  # (B, A, N, K)
-        key = self.k_proj(hidden_states).view(heads).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        query, key, value = (p(hidden_states).view(heads).transpose(1, 2) for p in projections)  # (B, A, N, K) each
 
         attend = eager_attention_forward
         if not kwargs.get("output_attentions", self.config.output_attentions):  # fused kernels have no maps to give
@@ -324,6 +325,7 @@ class ViTCifarForImageClassification(ViTCifarPreTrainedModel):
         self.vit = ViTCifarModel(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels else nn.Identity()
         self.post_init()
+        maybe_install_capturing_hooks(self.vit)  # now, as torch.compile cannot trace it at the first request for maps
 
     @can_return_tuple
     def forward(
