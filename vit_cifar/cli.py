@@ -236,7 +236,7 @@ def publish(
     ] = None,
     output: KeepOption = None,
 ) -> None:
-    """Make a Hub repository of a model folder, check that it answers without this package, with --push upload it."""
+    """Build a Hub repository from a model folder, check it as a stranger will load it, and with --push upload it."""
     from .hub.publish import publish as make
 
     make(model_dir, repo_id, push, private, revision, dataset_name, output)
