@@ -175,7 +175,7 @@ def caption(subject: Subject, found: Explanation) -> str:
     words = [f"**{score}**"] if score else []
     if method == "occlusion":
         most = found.map.values.abs().max().item()
-        words.append(f"no patch changes the probability by more than {100 * most:.1f} percentage points")
+        words.append(f"no patch changes the probability by more than {100 * most:.3g} percentage points")
     words.append(f"{UNITS[method]}: " + ", ".join(f"{name} {value}" for name, value in found.numbers().items()))
     return "; ".join(words)
 
