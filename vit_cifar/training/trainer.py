@@ -226,11 +226,12 @@ class ViTCifarTrainer(Trainer):
                 "resume_from_checkpoint: expected the training and validation images, labels and classes of "
                 f"{resume_from_checkpoint}, got others"
             )
-        config, own_config = ViTCifarConfig.from_pretrained(resume_from_checkpoint), self.model.config
-        expected = {name: getattr(config, name) for name in ViTCifarConfig.__annotations__}
+        expected, own = (
+            {name: getattr(config, name) for name in ViTCifarConfig.__annotations__}
+            for config in (ViTCifarConfig.from_pretrained(resume_from_checkpoint), self.model.config)
+        )
         expected |= before.get("optimizer") or {}
-        own = {name: getattr(own_config, name) for name in ViTCifarConfig.__annotations__} | self.trained_on.optimizer
-        for name, value in own.items():
+        for name, value in (own | self.trained_on.optimizer).items():
             if expected.get(name, value) != value:
                 raise TrainingError(
                     f"resume_from_checkpoint: expected the {name} of {resume_from_checkpoint}, {expected[name]}, "
