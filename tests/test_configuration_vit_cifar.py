@@ -113,6 +113,8 @@ def test_no_labels_at_all(tmp_path):
         ({"num_labels": 3, "id2label": {0: "a", 1: "b"}}, "num_labels", "2", "3"),
         ({"num_labels": 10, "id2label": {0: "a", 1: "b"}}, "num_labels", "2", "10"),
         ({"id2label": {1: "a", 2: "b"}}, "id2label", "the keys 0 to 1", "1, 2"),
+        ({"id2label": ["a", "b"]}, "id2label", "a dictionary of indices to names", "['a', 'b']"),
+        ({"num_labels": 3, "label2id": {"a": 0, "b": 1}}, "num_labels", "2", "3"),
         (
             {"position_embedding": "sinusoidal", "hidden_size": 9, "num_attention_heads": 3},
             *("hidden_size", "even", "9"),
@@ -146,6 +148,11 @@ def test_refused_in_one_line_with_field_expected_and_got(fields, field, expected
     assert message.startswith(f"{field}: expected ")
     assert expected in message.rpartition("got")[0]
     assert message.endswith(f"got {got}")
+
+
+def test_names_may_come_as_label2id():
+    config = ViTCifarConfig(label2id={"yes": 1, "no": 0})
+    assert (config.num_labels, config.id2label) == (2, {0: "no", 1: "yes"})
 
 
 def test_refused_on_loading_too(tmp_path):

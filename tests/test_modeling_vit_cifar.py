@@ -462,6 +462,15 @@ def test_drop_path_rises_from_layer_to_layer_and_is_off_in_eval():
     assert not torch.equal(model.train()(images()).logits, without(images()).logits)
 
 
+def test_at_rate_1_the_residual_stream_is_left_alone_and_of_the_embeddings_nothing():
+    for rates in ({"drop_path_rate": 1.0}, {"hidden_dropout_prob": 1.0}):
+        model = build(num_hidden_layers=2, **rates)
+        x = torch.randn(2, 17, model.config.hidden_size)
+        assert torch.equal(model.vit.layers[1].train()(x), x)  # neither branch
+        assert not torch.equal(model.vit.layers[1].eval()(x), x)
+    assert not model.vit.embeddings.train()(images()).any()
+
+
 # The tutorial's three variants and how weights start
 
 TUTORIAL = {

@@ -159,7 +159,7 @@ def examine(
         raise UserError(f"model: expected a model folder, got {folder}: no such folder")
     examination = examine_folder(folder, dataset_name, images)
     print(report(examination.record))
-    disable_progress_bars()  # of writing a small file
+    disable_progress_bars()  # `to_parquet` would show one for some hundred rows
     write_examination(folder, examination)
 
 
@@ -292,7 +292,7 @@ def main() -> None:
     from safetensors import SafetensorError
     from transformers.utils import logging
 
-    # Of small files; decoding keeps its own. Of retries: if they come to nothing, the error says so.
+    # No progress bars of small files (decoding a dataset keeps its own), no warnings of retries: the last one raises.
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     disable_progress_bars()

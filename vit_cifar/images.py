@@ -51,7 +51,7 @@ def open_image(source: str | Path | bytes | BinaryIO) -> Image.Image:
 
 def _decoded(file: BinaryIO, name: str) -> Image.Image:
     try:
-        with Image.open(_Patience(file), formats=FORMATS) as image:
+        with Image.open(_LimitedReads(file), formats=FORMATS) as image:
             width, height = image.size
             if width * height > (limit := _most_pixels(image)) or max(image.size) > MAX_SIDE:
                 raise ImageError(
@@ -72,7 +72,7 @@ def _decoded(file: BinaryIO, name: str) -> Image.Image:
         ) from error
 
 
-class _Patience:
+class _LimitedReads:
     """A file that can be read in MAX_READS steps: a million empty blocks would keep Pillow busy for seconds."""
 
     def __init__(self, file: BinaryIO):

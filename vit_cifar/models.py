@@ -24,7 +24,7 @@ class ModelError(UserError):
 
 
 @contextmanager
-def _one_line(name: str) -> Iterator[None]:
+def _model_errors(name: str) -> Iterator[None]:
     """Whatever goes wrong inside becomes a ModelError of one line."""
     try:
         yield
@@ -64,7 +64,7 @@ def load_model(name: str | None = None) -> tuple[ViTCifarForImageClassification,
         if not Path(name).is_dir():
             raise ModelError("model: expected a folder or a Hub id, got none, and this installation carries no model")
     folder = local_folder(name)
-    with _one_line(name):
+    with _model_errors(name):
         # Mismatched weights are let in so that they can be refused below by name.
         model, info = ViTCifarForImageClassification.from_pretrained(
             folder, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=True
@@ -98,7 +98,7 @@ def local_folder(name: str) -> Path:
     if is_folder:
         _check(Path(name))
     repo_id, revision = split_revision(name)
-    with _one_line(name):
+    with _model_errors(name):
         if not is_folder:
             validate_repo_id(repo_id)
         # Before the weights, which may be large; the package's own classes only: nobody is asked to run other code.

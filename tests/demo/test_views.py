@@ -2,12 +2,14 @@ import copy
 import re
 import shutil
 from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
 from helpers import ROOT, copy_to_change
+from markdown_it import MarkdownIt
 from PIL import Image
 
 from vit_cifar import cli
@@ -75,6 +77,18 @@ def test_hidden_patches_are_painted_over_before_the_model_sees_them(subject, pix
     change = f"**{subject.classes[index]}** {before[index]:.0%} → {after[index]:.0%}"
     assert said == f"3 of {rows * columns} patches hidden: {change}"
     assert (as_pixels(picture)[:, ::8, ::8] - subject.denormalize(painted)[0]).abs().max() < 1 / 250
+
+
+def test_a_sentence_shows_a_class_name_as_it_is_and_counts_a_patch_once(subject, pixel_values):
+    names = ["<unknown>", "a*b*c", "snake_case_", "[x](y)", "`code`", "1 \\ 2", "&amp;", "cat", "dog", "ship"]
+    model = copy.deepcopy(subject.model)
+    for answer in range(len(names)):
+        model.config.id2label = dict(enumerate(names[-answer:] + names[:-answer]))
+        renamed = replace(subject, model=model)
+        _, _, said = views.hidden(renamed, pixel_values, [3, 3])
+        shown = unescape(re.sub("<.*?>", "", MarkdownIt().render(said)))
+        chances = views.probabilities(renamed, subject.model(pixel_values).logits[0])
+        assert shown.startswith(f"1 of 64 patches hidden: {max(chances, key=chances.get)} ")
 
 
 def test_the_next_patch_is_the_largest_of_those_still_shown(subject, pixel_values):

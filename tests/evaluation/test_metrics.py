@@ -87,3 +87,4 @@ def test_below_the_doubtful_confidence_at_most_half_are_right():
     for larger in confidence[confidence > bound]:
         assert right[confidence <= larger].float().mean() > 0.5
     assert doubtful_below(probabilities, prediction) == 0  # nothing wrong, nothing doubtful
+    assert doubtful_below(probabilities, prediction + 1) == 1  # nothing right: no confidence is enough

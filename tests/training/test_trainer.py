@@ -196,24 +196,6 @@ def test_each_validation_image_counts_also_where_the_last_training_batch_is_left
     assert (found["eval_loss"], found["eval_accuracy"]) == (whole["eval_loss"], whole["eval_accuracy"])
 
 
-@pytest.mark.parametrize("older", ["all", "the optimizer"])
-def test_a_checkpoint_of_before_they_named_their_images_is_gone_on_from(make, tmp_path, older):
-    make("--max_steps", "2", "--save_steps", "2").train()
-    checkpoint, _ = newest_whole_checkpoint(tmp_path)
-    state = json.loads((checkpoint / "trainer_state.json").read_text())
-    if older == "all":
-        del state["stateful_callbacks"]["TrainedOn"]
-    else:
-        del state["stateful_callbacks"]["TrainedOn"]["args"]["optimizer"]
-    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
-    again = make("--max_steps", "4", "--save_steps", "2")
-    again.train(resume_from_checkpoint=str(checkpoint))
-    assert again.state.global_step == 4
-    newest, _ = newest_whole_checkpoint(tmp_path)
-    with pytest.raises(TrainingError, match="expected the learning_rate of"):  # which it has said itself
-        make("--max_steps", "6", "--learning_rate", "0.5").train(resume_from_checkpoint=str(newest))
-
-
 def test_an_evaluation_within_the_epoch_before_the_first_eligible_one_is_not_kept(make):
     trainer = make("--first_eligible_epoch", "2", "--metric_for_best_model", "accuracy", "--greater_is_better", "true")
     for epoch, kept in ((1.75, None), (2.0, 0.5)):

@@ -10,6 +10,7 @@ from gradio.components import Component
 from gradio.events import Dependency
 
 from ..evaluation.examination import calibration_words
+from ..explain.overlay import COLORMAP
 from ..explain.perturbation import METHODS, Look
 from ..explain.pictures import Explanation
 from . import views
@@ -94,7 +95,7 @@ def methods(subject: Subject, state: gr.State, start: Look, answer: gr.Label) ->
             )
             layer = gr.Radio(layers, value=layers[-1], label="Layer", info="for attention", interactive=False)
             head = gr.Radio(heads, value="mean", label="Head", info="for attention", interactive=False)
-            colours = ", ".join(matplotlib.colors.to_hex(matplotlib.colormaps["viridis"](i / 8)) for i in range(9))
+            colours = ", ".join(matplotlib.colors.to_hex(matplotlib.colormaps[COLORMAP](i / 8)) for i in range(9))
             gr.HTML(f'<p class="scale">least <i style="background: linear-gradient(90deg, {colours})"></i> most</p>')
         with gr.Row(elem_id="methods"):
             quick, slow = [], []
@@ -180,11 +181,6 @@ def hide_patches(subject: Subject, state: gr.State, start: Look) -> Tab:
             for column in range(columns)
         ]
         chances, picture, words = views.nothing_hidden(subject, start)
-        with gr.Column():
-            said = gr.Markdown(words)
-            one_more = gr.Button("Hide the patch it looks at most", size="sm", interactive=False)
-            none = gr.Button("Show all", size="sm", interactive=False)
-            answer = gr.Label(chances, label="What it says now", num_top_classes=5)
         # The boxes lie over the picture, one on each patch.
         with gr.Column(elem_id="board"):
             gr.HTML(f"<style>#board {{ --columns: {columns} }}</style>")
@@ -203,6 +199,11 @@ def hide_patches(subject: Subject, state: gr.State, start: Look) -> Tab:
                 interactive=False,
                 elem_id="cells",
             )
+        with gr.Column():
+            said = gr.Markdown(words)
+            one_more = gr.Button("Hide the patch it looks at most", size="sm", interactive=False)
+            none = gr.Button("Show all", size="sm", interactive=False)
+            answer = gr.Label(chances, label="What it says now", num_top_classes=5)
 
     shown = [answer, board, said]
     options = {"show_progress": "hidden", "trigger_mode": "always_last", "concurrency_id": "picture"}
@@ -268,7 +269,8 @@ def mistakes(subject: Subject) -> None:
         )
         gr.Markdown(
             f"## How far to believe its probabilities\n{calibration_words(examination.record)} "
-            "Points above the line: it is right more often than it says. The larger a point, the more images."
+            "Points above the line: it is right more often than it says; below, less often. "
+            "The larger a point, the more images."
         )
         gr.Image(
             views.reliability_picture(subject),

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -211,8 +212,9 @@ def hidden(
     subject: Subject, pixel_values: torch.Tensor, patches: Sequence[int]
 ) -> tuple[dict[str, float], Image.Image, str]:
     """(Probabilities, the picture, one sentence) while the patches with these numbers, row by row, are hidden."""
+    patches = sorted(set(patches))
     gone = torch.zeros(1, *subject.grid, dtype=torch.bool)
-    gone.view(-1)[list(patches)] = True
+    gone.view(-1)[patches] = True
     covered = hide_patches(pixel_values, gone.to(pixel_values.device), subject.model.config.patch_size)
     before, after = (
         probabilities(subject, logits) for logits in subject.model(torch.cat([pixel_values, covered])).logits
@@ -234,9 +236,15 @@ def _hidden(
     after: dict[str, float],
 ) -> tuple[dict[str, float], Image.Image, str]:
     answer, (rows, columns) = max(before, key=before.get), subject.grid
-    said = f"{len(patches)} of {rows * columns} patches hidden: **{answer}** {before[answer]:.0%} → {after[answer]:.0%}"
+    change = f"**{_as_markdown(answer)}** {before[answer]:.0%} → {after[answer]:.0%}"
+    said = f"{len(patches)} of {rows * columns} patches hidden: {change}"
     picture = to_picture(subject.denormalize(covered)[0], {"model": subject.name, "hidden patches": str(list(patches))})
     return after, picture, said
+
+
+def _as_markdown(name: str) -> str:
+    """A name that Markdown shows as it is, whatever signs it has."""
+    return re.sub(r"([!-/:-@[-`{-~])", r"\\\1", name)
 
 
 def score_words(subject: Subject) -> str:
@@ -297,27 +305,26 @@ def mistakes(subject: Subject, label: str, answer: str) -> tuple[list[tuple[Imag
     """
     record, rows = subject.examination.record, subject.examination.answers
     names = record["classes"]
-    pair = (names.index(label), names.index(answer))
-    count = record["confusion"][pair[0]][pair[1]]
-    columns = zip(rows["label"], rows["prediction"], rows["confidence"], strict=True)
-    found = [(confidence, row) for row, (*both, confidence) in enumerate(columns) if tuple(both) == pair]
+    label_index, answer_index = names.index(label), names.index(answer)
+    count = record["confusion"][label_index][answer_index]
+    pairs = enumerate(zip(rows["label"], rows["prediction"], strict=True))
+    found = [(rows["confidence"][row], row) for row, pair in pairs if pair == (label_index, answer_index)]
     found = sorted(found, reverse=label != answer)[:SHOWN_MISTAKES]
-    what = (
-        f"of class **{label}** rightly answered" if label == answer else f"of class **{label}** answered **{answer}**"
-    )
+    given = "rightly answered" if label == answer else f"answered **{_as_markdown(answer)}**"
+    what = f"of class **{_as_markdown(label)}** {given}"
     if not found:
         return [], f"No test image {what}."
     kept = f", {len(found)} of them shown" if count > len(found) else ""
     said = f"{count} test images {what}{kept}: as the model sees each, and under the answer's gradient rollout."
     shown = rows.select([row for _, row in found])
     pixel_values = subject.pixels([image.convert("RGB") for image in shown["image"]])
-    seen = subject.look(pixel_values, subject.classes[pair[1]])  # what the examination calls it may be an older name
+    seen = subject.look(pixel_values, subject.classes[answer_index])  # the examination may have an older name
     images = subject.denormalize(seen.pixel_values)
     maps = colour_overlay(METHODS["gradient rollout"](seen).values.cpu(), images)
     description = {"model": subject.name, "method": "gradient rollout", "class": answer, "label": label}
     gallery = []
-    for (confidence, _), index, both in zip(found, shown["index"], torch.cat([images, maps], dim=3), strict=True):
-        picture = to_picture(both, description | {"test image": str(index)}, times=4)
+    for (confidence, _), index, beside in zip(found, shown["index"], torch.cat([images, maps], dim=3), strict=True):
+        picture = to_picture(beside, description | {"test image": str(index)}, times=4)
         gallery.append((picture, f"{answer} {confidence:.0%}, #{index}"))
     return gallery, said
 

@@ -35,7 +35,7 @@ from ..training.data import (
     split_off_validation,
 )
 from . import records
-from .metrics import calibration_error, doubtful_below, evaluate, fit_temperature, reliability
+from .metrics import BINS, calibration_error, doubtful_below, evaluate, fit_temperature, reliability
 
 EXAMINATION_NAME = "examination.json"
 RIGHT_PER_CLASS = 20  # rightly classified images that are kept of each class, those the model was least sure of
@@ -218,7 +218,7 @@ def calibration_words(record: dict) -> str:
     before, after = calibration_errors(record)
     return (
         f"Confidence and accuracy are {100 * before:.1f} percentage points apart on average (expected calibration "
-        f"error, 15 bins), and {100 * after:.1f} with the logits divided by {record['temperature']:.3f}, which was "
+        f"error, {BINS} bins), and {100 * after:.1f} with the logits divided by {record['temperature']:.3f}, which was "
         f"fitted on the {record['images']['validation']:,} images held out of training."
     )
 

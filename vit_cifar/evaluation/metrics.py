@@ -10,6 +10,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 from ..models import ModelError, class_names
 from ..training.data import DataError, ImageDataset, normalize
 
+BINS = 15  # of equal width, over the confidence: of the calibration error and of the reliability diagram
+
 
 @dataclass
 class Evaluation:
@@ -96,7 +98,8 @@ def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
 
 
 def doubtful_below(probabilities: torch.Tensor, labels: torch.Tensor) -> float:
-    """The largest confidence such that at most half of the answers given with it or less were right; 0 if none is.
+    """The largest confidence such that at most half of the answers given with it or less were right;
+    0 if there is none, 1 if at most half of all are.
 
     Args:
         probabilities: (N, classes), of images held out of training. labels: (N,).
@@ -106,26 +109,27 @@ def doubtful_below(probabilities: torch.Tensor, labels: torch.Tensor) -> float:
     right = (prediction == labels)[order].float()
     share = right.cumsum(0) / torch.arange(1, len(right) + 1)
     half = (share <= 0.5).nonzero()
-    return confidence[order][half[-1]].item() if len(half) else 0.0
+    if not len(half):
+        return 0.0
+    return confidence[order][half[-1]].item() if half[-1] + 1 < len(right) else 1.0
 
 
-def calibration_error(probabilities: torch.Tensor, labels: torch.Tensor, bins: int = 15) -> float:
+def calibration_error(probabilities: torch.Tensor, labels: torch.Tensor) -> float:
     """Expected calibration error (Guo et al. 2017, equation 3): how far the confidence in the answer and the share of
     right answers are apart, on average over images, in 0..1.
 
     Args:
         probabilities: (N, classes). labels: (N,).
-        bins: of equal width, over the confidence.
     """
     probabilities = probabilities.clamp(max=1 - torch.finfo(torch.float32).eps)  # torchmetrics gives 1 a bin of its own
-    return multiclass_calibration_error(probabilities, labels, probabilities.shape[1], bins, norm="l1").item()
+    return multiclass_calibration_error(probabilities, labels, probabilities.shape[1], BINS, norm="l1").item()
 
 
-def reliability(probabilities: torch.Tensor, labels: torch.Tensor, bins: int = 15) -> list[dict[str, float]]:
+def reliability(probabilities: torch.Tensor, labels: torch.Tensor) -> list[dict[str, float]]:
     """The points of a reliability diagram: for each bin of confidence that has images, their mean confidence, their
     accuracy and their number."""
     confidence, prediction = probabilities.max(dim=1)
-    bin_of = (confidence * bins).long().clamp(max=bins - 1)  # [low, high), as in the calibration error
+    bin_of = (confidence * BINS).long().clamp(max=BINS - 1)  # [low, high), as in the calibration error
     points = []
     for number in bin_of.unique().tolist():
         inside = bin_of == number

@@ -31,7 +31,7 @@ def accuracy_tolerance(images: int, share: float = 1e-3) -> float:
 
 
 def epochs_trained(record: dict) -> float:
-    """May be fewer than `num_train_epochs`: `max_steps` or early stopping ends a training before."""
+    """Epochs that were trained: fewer than `num_train_epochs` where `max_steps` or early stopping ended it before."""
     return record["epochs"][-1]["epoch"] if record["epoch_selected_on"] else record["kept_epoch"]
 
 

@@ -7,6 +7,8 @@ import torch
 from matplotlib.figure import Figure
 from torch.nn.functional import interpolate
 
+COLORMAP = "viridis"  # any of matplotlib's; a perceptual one shows equal steps as equal
+
 
 def denormalize(pixel_values: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
     """What an image processor made, (B, 3, H, W), back to 0..1: what the model sees, in float32 on the CPU."""
@@ -44,13 +46,13 @@ def classic_overlay(attention_map: torch.Tensor, images: torch.Tensor) -> torch.
 
 
 def colour_overlay(
-    attention_map: torch.Tensor, images: torch.Tensor, colormap: str = "viridis", alpha: float = 0.6
+    attention_map: torch.Tensor, images: torch.Tensor, colormap: str = COLORMAP, alpha: float = 0.6
 ) -> torch.Tensor:
     """The map in colours, over the image: (1 - alpha) * image + alpha * colour.
 
     Args:
         attention_map: (B, h, w). images: (B, 3, H, W), 0..1.
-        colormap: any of matplotlib's; a perceptual one shows equal steps as equal.
+        colormap: any of matplotlib's.
         alpha: 0 shows the image alone, 1 the map alone.
 
     Returns: (B, 3, H, W), 0..1.
@@ -60,9 +62,7 @@ def colour_overlay(
     return (1 - alpha) * images + alpha * colours
 
 
-def figure_with_colourbar(
-    attention_map: torch.Tensor, image: torch.Tensor, title: str, unit: str, colormap: str = "viridis"
-) -> Figure:
+def figure_with_colourbar(attention_map: torch.Tensor, image: torch.Tensor, title: str, unit: str) -> Figure:
     """`colour_overlay` of one image, and beside it what its colours stand for, in the map's own numbers.
 
     Args:
@@ -70,12 +70,12 @@ def figure_with_colourbar(
         unit: what the numbers are, as in "attention, share of 1".
     """
     resized = resize(attention_map[None], image.shape[-2:])
-    picture = colour_overlay(attention_map[None], image[None], colormap)[0].permute(1, 2, 0)
+    picture = colour_overlay(attention_map[None], image[None])[0].permute(1, 2, 0)
     figure = Figure(figsize=(5, 4), layout="constrained")
     axes = figure.add_subplot()
     axes.imshow(picture.numpy(), interpolation="nearest")
     axes.set(xticks=[], yticks=[])
     axes.set_title(title, parse_math=False)  # a class may be called $
     scale = matplotlib.colors.Normalize(resized.min().item(), resized.max().item())
-    figure.colorbar(matplotlib.cm.ScalarMappable(scale, colormap), ax=axes, label=unit)
+    figure.colorbar(matplotlib.cm.ScalarMappable(scale, COLORMAP), ax=axes, label=unit)
     return figure

@@ -87,22 +87,22 @@ def feature_ablation() -> type:
 
 
 @torch.no_grad()
-def occlusion(model: ViTCifarForImageClassification, pixel_values: torch.Tensor, classes: torch.Tensor) -> AttentionMap:
-    """How far the probability of a class falls when one patch gets the mean colour (Zeiler and Fergus 2014,
+def occlusion(seen: Look) -> AttentionMap:
+    """How far the probability of the class falls when one patch gets the mean colour (Zeiler and Fergus 2014,
     arXiv:1311.2901, section 4.2): (B, h, w), in -1..1.
-
-    Args:
-        pixel_values: (B, C, H, W), normalised. classes: (B,), the class to explain in each image.
 
     Raises:
         UserError: captum is not installed.
     """
-    size = model.config.patch_size
-    height, width = (length // size for length in pixel_values.shape[-2:])
-    patches = _on_pixels(torch.arange(height * width, device=pixel_values.device).view(1, height, width), size)
-    ablation = feature_ablation()(lambda pixels: model(pixels).logits.softmax(-1))
+    (height, width), size = seen.grid, seen.model.config.patch_size
+    patches = _on_pixels(torch.arange(height * width, device=seen.pixel_values.device).view(1, height, width), size)
+    ablation = feature_ablation()(lambda pixels: seen.model(pixels).logits.float().softmax(-1))
     falls = ablation.attribute(
-        pixel_values, MEAN_COLOUR, target=classes, feature_mask=patches, perturbations_per_eval=OCCLUDED_AT_ONCE
+        seen.pixel_values,
+        MEAN_COLOUR,
+        target=seen.classes,
+        feature_mask=patches,
+        perturbations_per_eval=OCCLUDED_AT_ONCE,
     )
     return AttentionMap(falls[:, 0, ::size, ::size])  # every pixel of a patch holds the patch's number
 
@@ -118,7 +118,7 @@ METHODS: dict[str, Callable[..., AttentionMap]] = {
     "attention": lambda seen, **options: cls_map(seen.attentions, grid=seen.grid, **options),
     "rollout": lambda seen: rollout(seen.attentions, grid=seen.grid),
     "gradient rollout": lambda seen: gradient_rollout(seen.attentions, seen.gradients, grid=seen.grid),
-    "occlusion": lambda seen: occlusion(seen.model, seen.pixel_values, seen.classes),
+    "occlusion": occlusion,
     "random": random_map,
 }
 
@@ -159,13 +159,13 @@ def deletion_insertion(
         taken = rank < round(count * step / STEPS)
         for curve, gone in ((deletion, taken), (insertion, ~taken)):
             logits = model(hide_patches(pixel_values, gone, model.config.patch_size)).logits
-            curve.append(logits.softmax(-1).gather(1, classes[:, None])[:, 0])
+            curve.append(logits.float().softmax(-1).gather(1, classes[:, None])[:, 0])
     return Curves(torch.stack(deletion, dim=1), torch.stack(insertion, dim=1))
 
 
-def bootstrap_interval(values: torch.Tensor, resamples: int = 2000) -> tuple[float, float]:
-    """The middle 95% of the means of as many values, drawn again from `values` (B,) with replacement (Efron 1979)."""
-    drawn = torch.randint(len(values), (resamples, len(values)), generator=torch.Generator().manual_seed(0))
+def bootstrap_interval(values: torch.Tensor) -> tuple[float, float]:
+    """The middle 95% of 2000 means, each of as many values, drawn from `values` (B,) with replacement (Efron 1979)."""
+    drawn = torch.randint(len(values), (2000, len(values)), generator=torch.Generator().manual_seed(0))
     low, high = values.cpu()[drawn].mean(dim=1).quantile(torch.tensor([0.025, 0.975])).tolist()
     return low, high
 

@@ -63,8 +63,8 @@ class Explanation:
         return numbers
 
     def __str__(self) -> str:
-        shown = [f"{name} {value}" for name, value in (self.description | self.numbers()).items()]
-        return f"{self.answer} {self.confidence:.1%}; {', '.join(shown)}"
+        (_, answer), *rest = self.metadata().items()
+        return f"{answer}; {', '.join(f'{name} {value}' for name, value in rest)}"
 
     def metadata(self) -> dict[str, str]:
         """The text chunks of a PNG of this map."""
@@ -72,8 +72,8 @@ class Explanation:
 
     def save(self, path: Path) -> None:
         """A PNG with a colourbar, which carries `metadata`."""
-        method, *rest = [word for name, word in self.description.items() if name != "model"]
-        title = ", ".join([method, *rest]) if method != "attention" else "attention, layer {}, head {}".format(*rest)
+        _, (_, method), *details = self.description.items()  # model, method, …
+        title = ", ".join([method, *(f"{name} {value}" for name, value in details)])
         figure = figure_with_colourbar(self.map.values[0].cpu(), self.image, title, UNITS[method])
         figure.savefig(path, format="png", dpi=128, metadata=self.metadata())
 

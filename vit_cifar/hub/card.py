@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from ..configuration_vit_cifar import CIFAR10_CLASSES, ViTCifarConfig
 from ..errors import UserError
 from ..evaluation.examination import Examination, calibration_errors, calibration_words, read_examination, trust_table
+from ..evaluation.metrics import BINS
 from ..evaluation.records import RecordError, epochs_trained, read_record, time_and_machine
 from ..explain.pictures import draw_overlays
 from ..models import HUB_CARD, class_names, load_model, split_revision
@@ -106,7 +107,7 @@ def _metadata(record: dict, classes: list[str], repo_id: str, examination: dict 
         results.append(
             EvalResult(
                 metric_type="expected_calibration_error",
-                metric_name="Expected calibration error, 15 bins",
+                metric_name=f"Expected calibration error, {BINS} bins",
                 metric_value=calibration_errors(examination)[0],
                 **of,
             )

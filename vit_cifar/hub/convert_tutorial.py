@@ -117,6 +117,5 @@ def _tutorial_name(name: str, recipe: str) -> str:
     return name.replace("patchembedding.projection.", f"patchembedding.projection.{place}.")
 
 
-def _some(names: list, most: int = 5) -> str:
-    rest = len(names) - most
-    return ", ".join(map(str, names[:most])) + (f" and {rest} more" if rest > 0 else "")
+def _some(names: list) -> str:
+    return ", ".join(map(str, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -247,7 +247,7 @@ def hub_errors(doing: str) -> Iterator[None]:
     except UserError:
         raise
     except (HfHubHTTPError, HTTPError, OSError, ValueError, RuntimeError) as error:
-        cause = error.__cause__ if isinstance(error, RuntimeError) else error  # what an upload of weights failed of
+        cause = error.__cause__ if isinstance(error, RuntimeError) else error  # of an upload of weights
         reason = one_line(cause or error)
         if isinstance(cause, HfHubHTTPError):  # its own text is many lines for developers
             answer = cause.response
@@ -266,7 +266,7 @@ def upload(folder: Path, repo_id: str, repo_type: str, private: bool, revision: 
         PublishError: the Hub said no, or could not be reached. An earlier revision stays as it was.
     """
     api = HfApi()
-    # That there is a data file in a model's repository: the mistakes beside the weights.
+    # It warns of a data file in a model's repository; the mistakes are meant to lie beside the weights.
     warnings.filterwarnings("ignore", message="It seems that you are about to commit a data file")
     with hub_errors(f"push to {repo_id}"):
         space_sdk = "gradio" if repo_type == "space" else None

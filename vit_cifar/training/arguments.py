@@ -24,7 +24,7 @@ FIXED = {
     "batch_eval_metrics": False,
     "prediction_loss_only": False,
     "label_names": None,
-    "enable_jit_checkpoint": False,  # it ends as a finished training; without it SIGTERM leaves the last checkpoint
+    "enable_jit_checkpoint": False,  # on SIGTERM it ends as if training had finished, and a half-trained model is saved
 }
 
 
@@ -128,6 +128,8 @@ class RecipeArguments:
 
 @dataclass
 class ViTCifarTrainingArguments(TrainingArguments):
+    """TrainingArguments under a heading of their own in --help."""
+
     _argument_group_name = "transformers.TrainingArguments"
 
 
@@ -149,7 +151,7 @@ def parse_arguments(argv: list[str]) -> tuple[RecipeArguments, TrainingArguments
     parser = HfArgumentParser(
         [RecipeArguments, ViTCifarTrainingArguments],
         prog="train.py",
-        allow_abbrev=False,  # or a record would not recognise a local folder on the command line
+        allow_abbrev=False,  # a record hides local folders by their options' full names
         usage="python train.py (--recipe NAME | --model_name_or_path MODEL) --output_dir FOLDER [any argument below]",
         description="Train a ViT-CIFAR model folder that from_pretrained loads, with its record. The defaults "
         "below are those of this machine; a recipe overrides them, the command line overrides both. Shipped "

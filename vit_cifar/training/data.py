@@ -16,7 +16,7 @@ import datasets
 import numpy as np
 import torch
 from datasets.utils.stratify import stratified_shuffle_split_generate_indices
-from huggingface_hub.errors import HTTPError  # of its HTTP library, and no OSError
+from huggingface_hub.errors import HTTPError  # its HTTP library's base error, which is no OSError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torchvision.transforms.v2 import InterpolationMode

@@ -74,7 +74,7 @@ class Clock(TrainerCallback, ExportableState):
 class TrainedOn(TrainerCallback, ExportableState):
     """Which images a checkpoint was trained and compared on, and the settings of its optimizer."""
 
-    def __init__(self, digest: str, optimizer: dict | None = None):
+    def __init__(self, digest: str, optimizer: dict):
         self.digest, self.optimizer = digest, optimizer
 
     def state(self) -> dict:
@@ -158,7 +158,7 @@ class ViTCifarTrainer(Trainer):
             compute_metrics=accuracy,
             callbacks=callbacks,
         )
-        self.label_smoother = None  # it takes no probabilities; compute_loss smooths itself
+        self.label_smoother = None  # it needs class indices, and CutMix gives probabilities: compute_loss smooths
         self.recipe, self.image_mean, self.image_std = recipe, image_mean, image_std
         self.augmentation = Augmentation(
             num_samples=len(train_dataset),
@@ -220,8 +220,8 @@ class ViTCifarTrainer(Trainer):
             TrainingError: they are others.
         """
         before = TrainerState.load_from_json(str(Path(resume_from_checkpoint, TRAINER_STATE_NAME))).stateful_callbacks
-        before = before.get(TrainedOn.__name__, {"args": {}})["args"]  # older checkpoints do not say all of it
-        if before.get("digest", self.trained_on.digest) != self.trained_on.digest:
+        before = before[TrainedOn.__name__]["args"]
+        if before["digest"] != self.trained_on.digest:
             raise TrainingError(
                 "resume_from_checkpoint: expected the training and validation images, labels and classes of "
                 f"{resume_from_checkpoint}, got others"
@@ -230,9 +230,9 @@ class ViTCifarTrainer(Trainer):
             {name: getattr(config, name) for name in ViTCifarConfig.__annotations__}
             for config in (ViTCifarConfig.from_pretrained(resume_from_checkpoint), self.model.config)
         )
-        expected |= before.get("optimizer") or {}
+        expected |= before["optimizer"]
         for name, value in (own | self.trained_on.optimizer).items():
-            if expected.get(name, value) != value:
+            if expected[name] != value:
                 raise TrainingError(
                     f"resume_from_checkpoint: expected the {name} of {resume_from_checkpoint}, {expected[name]}, "
                     f"got {value}"
@@ -246,8 +246,6 @@ class ViTCifarTrainer(Trainer):
             stopping.early_stopping_patience = self.recipe.early_stopping_patience
             # Of a checkpoint without it: Trainer's next save asks for it.
             self.state.stateful_callbacks.setdefault(type(stopping).__name__, stopping.state())
-        vars(self._callback(TrainedOn)).update(vars(self.trained_on))  # an older checkpoint's says less
-        self.state.stateful_callbacks[TrainedOn.__name__] = self.trained_on.state()
 
     def _run_epoch(self, *args, **kwargs) -> None:
         """As in Trainer, but a training that has already ended gets no further step or epoch."""
@@ -307,7 +305,7 @@ class ViTCifarTrainer(Trainer):
             raise TrainingError(
                 f"step {self.state.global_step + 1}: expected a finite loss and finite gradients, got a loss of {loss} "
                 f"and {len(broken)} of {len(gradients)} gradients with NaN or infinity{first}: "
-                f"stopped before this step; {self._newest_whole_checkpoint()}"
+                f"stopped before this step; {self._how_to_go_on()}"
             )
         return loss
 
@@ -330,8 +328,7 @@ class ViTCifarTrainer(Trainer):
             if self.args.should_save and not (folder / SUMS_NAME).is_file():
                 shutil.rmtree(folder, ignore_errors=True)
             raise TrainingError(
-                f"{folder}: cannot be written: {first_line(error)}, {free:,} bytes free; "
-                f"{self._newest_whole_checkpoint()}"
+                f"{folder}: cannot be written: {first_line(error)}, {free:,} bytes free; {self._how_to_go_on()}"
             ) from error
         finally:
             self.args.save_total_limit = limit
@@ -343,7 +340,7 @@ class ViTCifarTrainer(Trainer):
         check_best(self.state)
         super()._load_best_model()
 
-    def _newest_whole_checkpoint(self) -> str:
+    def _how_to_go_on(self) -> str:
         newest, _ = newest_whole_checkpoint(self.args.output_dir)
         return f"--resume_from_checkpoint goes on from {newest}" if newest else "no checkpoint was saved before"
 
@@ -359,14 +356,12 @@ def describe_parameters(model: nn.Module, recipe: RecipeArguments) -> str:
     by_muon = muon_parameter_names(model) if recipe.optimizer == "muon" else []
     decayed = list(sizes) if recipe.optimizer == "adam" else [n for n in decayed_parameter_names(model) if n in sizes]
     kept = [name for name in sizes if name not in decayed]
-    total = {
-        key: sum(sizes[n] for n in names) for key, names in (("muon", by_muon), ("decay", decayed), ("kept", kept))
-    }
+    muon_size, decayed_size, kept_size = (sum(sizes[n] for n in names) for names in (by_muon, decayed, kept))
     what = " (biases, norms, class token, positions)" if kept else ""
     return (
-        f"{model.num_parameters():,} parameters, {sum(sizes.values()):,} of them trained, {total['muon']:,} by Muon\n"
-        f"decayed: {total['decay']:,} in {len(decayed)} tensors; "
-        f"not decayed: {total['kept']:,} in {len(kept)} tensors{what}"
+        f"{model.num_parameters():,} parameters, {sum(sizes.values()):,} of them trained, {muon_size:,} by Muon\n"
+        f"decayed: {decayed_size:,} in {len(decayed)} tensors; "
+        f"not decayed: {kept_size:,} in {len(kept)} tensors{what}"
     )
 
 

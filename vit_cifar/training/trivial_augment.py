@@ -34,47 +34,25 @@ def trivial_augment(images: torch.Tensor, draws: torch.Tensor, fill: torch.Tenso
     return result
 
 
-def _move(images: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
-    """Each pixel from the nearest one to (rows, columns), which broadcast to (B, 1, H, W); `fill` from outside."""
-    height, width = images.shape[-2:]
-    rows, columns = rows.round().long(), columns.round().long()
-    inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
-    source = rows.clamp(0, height - 1) * width + columns.clamp(0, width - 1)
-    moved = images.flatten(2).gather(2, source.flatten(2).expand(-1, images.shape[1], -1))
-    return torch.where(inside, moved.view_as(images), fill)
+def _moved(source: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple]) -> Callable:
+    """An operation that takes the pixel at (y, x) from the one nearest to `source(y, x, strength)`."""
+
+    def apply(images: torch.Tensor, strength: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
+        height, width = images.shape[-2:]
+        y, x = (torch.arange(size, device=images.device, dtype=torch.float32) for size in (height, width))
+        y, x = (place.round().long() for place in source(y[:, None], x, strength))  # broadcast to (B, 1, H, W)
+        inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+        index = y.clamp(0, height - 1) * width + x.clamp(0, width - 1)
+        moved = images.flatten(2).gather(2, index.flatten(2).expand(-1, images.shape[1], -1))
+        return torch.where(inside, moved.view_as(images), fill)
+
+    return apply
 
 
-def _grid(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    rows, columns = (torch.arange(size, device=images.device, dtype=torch.float32) for size in images.shape[-2:])
-    return rows[:, None], columns[None, :]
-
-
-def _shear_x(images: torch.Tensor, strength: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
-    rows, columns = _grid(images)
-    return _move(images, rows, columns + 0.99 * strength * (rows + 0.5), fill)
-
-
-def _shear_y(images: torch.Tensor, strength: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
-    rows, columns = _grid(images)
-    return _move(images, rows + 0.99 * strength * (columns + 0.5), columns, fill)
-
-
-def _translate_x(images: torch.Tensor, strength: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
-    rows, columns = _grid(images)
-    return _move(images, rows, columns - (32.0 * strength).trunc(), fill)
-
-
-def _translate_y(images: torch.Tensor, strength: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
-    rows, columns = _grid(images)
-    return _move(images, rows - (32.0 * strength).trunc(), columns, fill)
-
-
-def _rotate(images: torch.Tensor, strength: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
-    rows, columns = _grid(images)
-    middle_row, middle_column = (size / 2 - 0.5 for size in images.shape[-2:])
-    y, x = rows - middle_row, columns - middle_column
-    cosine, sine = (torch.deg2rad(135.0 * strength).cos(), torch.deg2rad(135.0 * strength).sin())
-    return _move(images, sine * x + cosine * y + middle_row, cosine * x - sine * y + middle_column, fill)
+def _rotated(y: torch.Tensor, x: torch.Tensor, strength: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    middle_y, middle_x, angle = y[-1] / 2, x[-1] / 2, torch.deg2rad(135.0 * strength)
+    y, x = y - middle_y, x - middle_x
+    return angle.sin() * x + angle.cos() * y + middle_y, angle.cos() * x - angle.sin() * y + middle_x
 
 
 def _towards(without: Callable[[torch.Tensor], torch.Tensor]) -> Callable:
@@ -99,11 +77,11 @@ def _solarize(images: torch.Tensor, strength: torch.Tensor, fill: torch.Tensor) 
 # Name: (what to do, whether its strength has a sign)
 OPERATIONS = {
     "identity": (lambda images, strength, fill: images, False),
-    "shear_x": (_shear_x, True),
-    "shear_y": (_shear_y, True),
-    "translate_x": (_translate_x, True),
-    "translate_y": (_translate_y, True),
-    "rotate": (_rotate, True),
+    "shear_x": (_moved(lambda y, x, strength: (y, x + 0.99 * strength * (y + 0.5))), True),
+    "shear_y": (_moved(lambda y, x, strength: (y + 0.99 * strength * (x + 0.5), x)), True),
+    "translate_x": (_moved(lambda y, x, strength: (y, x - (32.0 * strength).trunc())), True),
+    "translate_y": (_moved(lambda y, x, strength: (y - (32.0 * strength).trunc(), x)), True),
+    "rotate": (_moved(_rotated), True),
     "brightness": (_towards(torch.zeros_like), True),
     "color": (_towards(lambda images: F.adjust_saturation(images, 0.0)), True),
     "contrast": (_towards(lambda images: F.adjust_contrast(images, 0.0)), True),

@@ -49,7 +49,7 @@ class ViTCifarConvStem(nn.Sequential):
     """
 
     def __init__(self, config: ViTCifarConfig):
-        scales = config.patch_size.bit_length()  # pixels, ..., patches
+        scales = config.patch_size.bit_length()  # resolutions from pixels to patches
         doubled = [config.hidden_size >> n for n in reversed(range(scales)) for _ in range(2)]
         layers, in_channels = [], config.num_channels
         for index, width in enumerate(config.stem_widths or doubled):
@@ -63,7 +63,7 @@ class ViTCifarConvStem(nn.Sequential):
     def train(self, mode: bool = True) -> "ViTCifarConvStem":
         super().train(mode)
         for norm in (layer for layer in self if hasattr(layer, "running_mean")):
-            norm.train(mode and all(p.requires_grad for p in norm.parameters()))  # LoRA's files hold no statistics
+            norm.train(mode and all(p.requires_grad for p in norm.parameters()))  # frozen: LoRA saves no statistics
         return self
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
