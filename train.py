@@ -1,7 +1,6 @@
 """A recipe and Trainer arguments -> a trained model folder with its record.
 
 python train.py --recipe nano --output_dir runs/nano
-python train.py --help
 """
 
 import sys
@@ -53,9 +52,7 @@ def main(argv: list[str]) -> None:
         print(describe_parameters(model, recipe))
         print(f"{len(train_set):,} training and {len(validation_set):,} validation images on {args.device}")
         if twice:
-            print(
-                f"{len(twice):,} of {len(test_set):,} test images are training images too, for example row {twice[0]}"
-            )
+            print(f"{len(twice):,} of {len(test_set):,} test images are training images too, such as row {twice[0]}")
         print(f"{number_format}, {attention} attention")
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.accelerator.end_training()  # otherwise one that ends early may abort, and torchrun ends them all
@@ -132,6 +129,9 @@ def load_data(recipe: RecipeArguments, image_size: int) -> tuple[ImageDataset, I
         load_split(recipe.dataset_name, split, image_size, recipe.image_column, recipe.label_column)
         for split in ("train", "test")
     )
+    if lost := set(test_set.labels.tolist()) - set(train_set.labels.tolist()):
+        names = ", ".join(test_set.classes[label] for label in sorted(lost))
+        raise UserError(f"dataset_name: expected training images of each class of the test split, got none of {names}")
     if recipe.validation_size == 0:  # the tutorial's way: the test split decides which epoch is kept
         return train_set, test_set, test_set
     return *split_off_validation(train_set, recipe.validation_size, recipe.validation_seed), test_set

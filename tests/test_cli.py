@@ -126,6 +126,10 @@ def test_users_errors_are_one_line_and_exit_code_2(images, tiny_model_folder, tm
     text = tmp_path / "text.png"
     text.write_text("no image")
     Image.new("1", (10_000, 10_000)).save(tmp_path / "huge.png")
+    own_classes = copy_to_change(tiny_model_folder, tmp_path / "own")
+    model, _ = load_model(str(tiny_model_folder))
+    model.config.id2label = dict(enumerate("abcdefghij"))
+    model.config.save_pretrained(own_classes)
     for arguments, message in (
         (["predict", text, "--model", tiny_model_folder], "expected an image"),
         (
@@ -145,7 +149,16 @@ def test_users_errors_are_one_line_and_exit_code_2(images, tiny_model_folder, tm
         (["explain", *images, text, "-o", tmp_path / "maps", "--model", tiny_model_folder], "expected an image"),
         (["examine", tiny_model_folder, "--dataset_name", "sample"], "expected a training_record.json, got none"),
         (["examine", tmp_path / "nowhere"], "model: expected a model folder"),
-        (["evaluate", tiny_model_folder, "--dataset_name", "sample", "--split", "dev"], "split: expected one of"),
+        (
+            ["evaluate", tiny_model_folder, "--dataset_name", "sample", "--split", "dev"],
+            "sample: expected a split named dev",
+        ),
+        (
+            ["evaluate", own_classes],
+            "dataset_name: expected a dataset of the model's classes, which are not CIFAR-10's",
+        ),
+        (["predict", tmp_path, "--model", tiny_model_folder], "expected an image file, got a folder"),
+        (["explain", images[0], "-o", tmp_path / "x.jpg"], "output: expected a name that ends in .png"),
     ):
         answer = vit_cifar(*arguments)
         assert answer.returncode == 2

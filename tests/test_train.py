@@ -12,6 +12,7 @@ import psutil
 import pytest
 import torch
 from helpers import run, run_elsewhere, start
+from PIL import Image
 from safetensors.torch import load_file
 from torchvision.transforms.v2.functional import to_pil_image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -193,6 +194,15 @@ def test_wrong_arguments_end_with_one_line_and_write_nothing(tmp_path, arguments
     assert message in refused.stderr.splitlines()[-1]
     assert "Traceback" not in refused.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_class_of_the_test_split_alone_is_refused(tmp_path):
+    for row, place in enumerate(("train/cat", "train/dog", "test/cat", "test/Dog")):
+        (tmp_path / place).mkdir(parents=True)
+        Image.new("RGB", (32, 32), (40 * row, 0, 0)).save(tmp_path / place / "1.png")
+    arguments = ["--recipe", "smoke", "--output_dir", tmp_path / "run", "--dataset_name", tmp_path]
+    refused = train(*arguments, "--validation_size", "0")
+    assert refused.returncode == 2 and "got none of Dog" in refused.stderr.splitlines()[-1]
 
 
 def test_a_file_in_the_place_of_the_folder_is_refused_before_training(tmp_path):

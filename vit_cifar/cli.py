@@ -66,7 +66,8 @@ def predict(
 def evaluate(
     model: Annotated[str | None, typer.Argument(help=MODEL_HELP)] = None,
     dataset_name: Annotated[
-        str | None, typer.Option(help="Hub id, local folder, or `sample`; if omitted, CIFAR-10.")
+        str | None,
+        typer.Option(help="Hub id, local folder, or `sample`; if omitted, CIFAR-10, for a model of its classes."),
     ] = None,
     split: Annotated[str, typer.Option(help="The split to measure on.")] = "test",
     image_column: ImageColumnOption = None,
@@ -74,11 +75,14 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for programs.")] = False,
 ) -> None:
     """Print a model's accuracy on a split, in all and for each class."""
+    from .configuration_vit_cifar import CIFAR10_CLASSES
     from .evaluation.metrics import evaluate as measure
-    from .models import default_device, load_model
+    from .models import class_names, default_device, load_model
     from .training.data import CIFAR10_NAME, load_split
 
     network, processor = load_model(model)
+    if dataset_name is None and class_names(network.config) != list(CIFAR10_CLASSES):
+        raise UserError("dataset_name: expected a dataset of the model's classes, which are not CIFAR-10's, got none")
     dataset = load_split(dataset_name or CIFAR10_NAME, split, network.config.image_size, image_column, label_column)
     result = measure(network.to(default_device()), processor, dataset)
     if as_json:
@@ -128,6 +132,8 @@ def explain(
     options = map_options(network.config, method, layer, head, class_name)
     if len(images) == 1 and not images[0].is_dir():
         _check_new_file(output)
+        if output.suffix.lower() != ".png":
+            raise UserError(f"output: expected a name that ends in .png, got {output}")
         found = explain_image(network, processor, open_image(files[0]), name_of(model), **options)
         found.save(output)
         print(f"{files[0]}: {found}")

@@ -44,7 +44,8 @@ def open_image(source: str | Path | bytes | BinaryIO) -> Image.Image:
             with open(source, "rb") as file:
                 return _decoded(file, str(source))
         except OSError as error:
-            got = "no such file" if isinstance(error, FileNotFoundError) else "one that cannot be opened"
+            got = {FileNotFoundError: "no such file", IsADirectoryError: "a folder"}.get(type(error))
+            got = got or "one that cannot be opened"
             raise ImageError(f"{source}: expected an image file, got {got}") from error
     return _decoded(BytesIO(source) if isinstance(source, bytes) else source, "the upload")
 

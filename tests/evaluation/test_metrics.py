@@ -65,6 +65,7 @@ def test_the_temperature_is_1_where_no_answer_is_wrong():
     labels = torch.arange(10).repeat(10)
     logits = 6 * torch.nn.functional.one_hot(labels, 10).float()
     assert fit_temperature(logits, labels) == 1
+    assert fit_temperature(logits, (labels + 1) % logits.shape[1]) == 20  # every answer wrong: as large as it gets
 
 
 def test_full_confidence_has_no_bin_of_its_own():

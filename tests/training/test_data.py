@@ -256,7 +256,7 @@ def test_images_that_two_splits_have_in_common(tmp_path):
 
 def test_columns_splits_and_datasets_that_are_not_there(tmp_path):
     folder = folder_of(tmp_path, [picture(1)], [0], other=None)
-    with pytest.raises(DataError, match="split: expected one of train .*, got 'test'"):
+    with pytest.raises(DataError, match="expected a split named test, got train"):
         load_split(folder, "test")
     with pytest.raises(DataError, match=r"image_column: expected a column of split 'train' \(.*img.*\), got 'picture'"):
         load_split(folder, "train", image_column="picture")
@@ -267,6 +267,25 @@ def test_columns_splits_and_datasets_that_are_not_there(tmp_path):
     with pytest.raises(DataError, match="dataset_name: expected a dataset on the Hub or a folder"):
         load_split(str(tmp_path / "nowhere"), "train")
     assert len(load_split(folder, "train", image_column="other")) == 1
+
+
+def test_a_folder_that_is_not_there_is_no_earlier_one_of_its_name(tmp_path, monkeypatch):
+    """`datasets` would take that one from its cache."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    folder_of(tmp_path / "one", [picture(1)], [0])
+    monkeypatch.chdir(tmp_path / "one")
+    assert len(load_split("rows", "train")) == 1
+    monkeypatch.chdir(tmp_path / "two")
+    with pytest.raises(DataError, match="dataset_name: expected a folder or a Hub id, user/name, got 'rows'"):
+        load_split("rows", "train")
+
+
+def test_a_folder_of_one_class_has_no_labels(tmp_path):
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    (tmp_path / "train" / "cat" / "1.png").write_bytes(picture(1))
+    with pytest.raises(DataError, match="label_column: .* got none: a folder's labels are its subfolders, two or more"):
+        load_split(str(tmp_path), "train")
 
 
 def test_a_full_disk_is_named_and_a_read_only_cache_has_a_stand_in(tmp_path, monkeypatch):

@@ -77,7 +77,8 @@ def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
     """What to divide the logits by for the smallest cross-entropy (Guo et al. 2017, arXiv:1706.04599, section 4.2).
 
     A result above 1 means that the model was too sure of itself. Fit it on images held out of training, never on the
-    test split. It is 1 if every answer is right: the loss would fall without end as the temperature falls.
+    test split. It is 1 if every answer is right: the loss would fall without end as the temperature falls. Otherwise
+    it is from 1 / 20 to 20: only few images lead farther.
 
     Args:
         logits: (N, classes). labels: (N,).
@@ -94,7 +95,7 @@ def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
         return value
 
     optimizer.step(loss)
-    return log_temperature.exp().item()
+    return log_temperature.exp().clamp(1 / 20, 20).item()
 
 
 def doubtful_below(probabilities: torch.Tensor, labels: torch.Tensor) -> float:

@@ -128,6 +128,8 @@ def load_rows(dataset_name: str) -> datasets.DatasetDict:
         DataError: no such dataset, or an empty split.
     """
     source = str(SAMPLE_FOLDER) if dataset_name == SAMPLE_NAME else dataset_name
+    if not is_local(source) and "/" not in source:  # `datasets` would take any cached folder of that last name
+        raise DataError(f"dataset_name: expected a folder or a Hub id, user/name, got {source!r}: no such folder")
     try:
         return _load_dataset(source)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError, HTTPError) as error:
@@ -185,7 +187,7 @@ def load_split(
     """
     splits = load_rows(dataset_name)
     if split not in splits:
-        raise DataError(f"split: expected one of {', '.join(splits)} in {dataset_name}, got {split!r}")
+        raise DataError(f"{dataset_name}: expected a split named {split}, got {', '.join(splits)}")
     rows = splits[split]
     image_column = _find_column(rows, image_column, datasets.Image, "image_column", split)
     label_column = _find_column(rows, label_column, datasets.ClassLabel, "label_column", split)
@@ -251,9 +253,11 @@ def _find_column(rows: datasets.Dataset, name: str | None, kind: type, argument:
         return name
     found = [column for column, feature in rows.features.items() if isinstance(feature, kind)]
     if len(found) != 1:
+        several = len(rows.features) > 1
+        advice = f"name it with --{argument}" if several else "a folder's labels are its subfolders, two or more"
         raise DataError(
             f"{argument}: expected one column of type {kind.__name__} in split {split!r} ({', '.join(rows.features)}), "
-            f"got {', '.join(found) or 'none'}" + (f": name it with --{argument}" if len(rows.features) > 1 else "")
+            f"got {', '.join(found) or 'none'}: {advice}"
         )
     return found[0]
 
