@@ -12,6 +12,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 from vit_cifar import ViTCifarConfig, ViTCifarForImageClassification
 from vit_cifar.integrity import newest_whole_checkpoint, write_checksums
 from vit_cifar.training.arguments import parse_arguments
+from vit_cifar.training.augmentation import Augmentation
 from vit_cifar.training.data import CIFAR10_MEAN, CIFAR10_STD, load_split, normalize
 from vit_cifar.training.trainer import TrainingError, ViTCifarTrainer, find_checkpoint
 
@@ -28,6 +29,50 @@ def make(tmp_path):
         return ViTCifarTrainer(model, args, recipe, train_set, train_set, CIFAR10_MEAN, CIFAR10_STD)
 
     return trainer
+
+
+def test_images_are_those_of_the_augmentation_with_the_commands_seed_and_the_trainings_epoch(make):
+    words = ("--cutmix_probability", "0.5", "--flip", "alternating", "--max_shift", "4", "--shift_fill", "zeros")
+    words += ("--cutout_size", "8", "--trivial_augment_probability", "0.5")
+    trainer, rows = make("--seed", "3", *words), torch.arange(40)
+    trainer.model.train()
+    images, labels = trainer.train_dataset.images, trainer.train_dataset.labels
+    fill = tuple(round(255 * mean) for mean in CIFAR10_MEAN)
+    expected = Augmentation(40, 3, "alternating", 4, "zeros", 8, fill, 0.5, 0.5)
+    for epoch in (0, 1, 2):
+        trainer.state.epoch = epoch + 0.5
+        partners = expected.partners(rows, epoch)
+        own, others = expected(images, rows, epoch), expected(images[partners], partners, epoch)
+        mixed, share = expected.cutmix(own, others, rows, epoch)
+        inputs = trainer._prepare_inputs(batch(trainer, rows))
+        assert torch.equal(inputs["pixel_values"], normalize(mixed, CIFAR10_MEAN, CIFAR10_STD))
+        first, second = torch.eye(10)[labels], torch.eye(10)[labels[partners]]
+        torch.testing.assert_close(inputs["labels"], share[:, None] * first + (1 - share[:, None]) * second)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adam", "trainer"])
+def test_each_optimizer_gets_the_commands_settings(make, optimizer):
+    words = ("--learning_rate", "0.003", "--weight_decay", "0.07", "--adam_beta1", "0.8", "--adam_epsilon", "1e-6")
+    own = ("--muon_learning_rate", "0.04") if optimizer == "muon" else ("--optim", "adamw_torch")
+    trainer = make("--optimizer", optimizer, *words, *(own if optimizer != "adam" else ()))
+    made = trainer.create_optimizer()
+    parts = made.optimizers if optimizer == "muon" else [made]
+    groups = [group for part in parts for group in part.param_groups]
+    matrices = sum(p.numel() for p in trainer.model.parameters() if p.ndim in (2, 4))
+    everything = trainer.model.num_parameters()
+    decayed = sum(p.numel() for group in groups if group["weight_decay"] == 0.07 for p in group["params"])
+    assert decayed == (everything if optimizer == "adam" else matrices)
+    assert {group["weight_decay"] for group in groups} == ({0.07} if optimizer == "adam" else {0.07, 0})
+    if optimizer == "muon":
+        assert {group["lr"] for group in parts[0].param_groups} == {0.04}
+    assert type(parts[-1]) is (torch.optim.Adam if optimizer == "adam" else torch.optim.AdamW)
+    for group in parts[-1].param_groups:
+        assert (group["lr"], group["betas"], group["eps"]) == (0.003, (0.8, 0.999), 1e-6)
+
+
+def test_whole_batches_alone_need_a_whole_batch(make):
+    with pytest.raises(ValueError, match="dataloader_drop_last: expected 50 training images or more, .* got 40"):
+        make("--dataloader_drop_last", "true", "--per_device_train_batch_size", "50")
 
 
 def batch(trainer, rows):
@@ -169,10 +214,13 @@ def test_a_checkpoint_of_other_images_is_refused(make, tmp_path):
     [
         (("--learning_rate", "0.5"), "expected the learning_rate of .*, got 0.5$"),
         (("--optimizer", "trainer"), "expected the optimizer of .*, muon, got trainer$"),
+        (("--seed", "3"), "expected the seed of .*, got 3$"),
+        (("--flip", "none"), "expected the flip of .*, got none$"),
+        (("--gradient_accumulation_steps", "2"), "expected the images per step of .*, 25, got 50$"),
         (("--config_overrides", "num_attention_heads=1"), "expected the num_attention_heads of .*, got 1$"),
     ],
 )
-def test_a_checkpoint_of_another_optimizer_or_model_is_refused(make, tmp_path, words, expected):
+def test_a_checkpoint_of_other_settings_or_another_model_is_refused(make, tmp_path, words, expected):
     """The optimizer would go on with the checkpoint's settings while the record says others."""
     make("--max_steps", "2", "--save_steps", "2").train()
     checkpoint, _ = newest_whole_checkpoint(tmp_path)

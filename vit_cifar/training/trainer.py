@@ -44,8 +44,12 @@ from .data import ImageDataset, keep_batch, normalize
 from .distributed import synchronize_batch_norm
 from .optimizer import MuonWithAdamW, decayed_parameter_names, muon_parameter_names
 
-# What a resumed optimizer takes from its checkpoint, whatever the command says.
-OPTIMIZER_SETTINGS = ("optimizer", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+# What a training that is resumed cannot change: one record could not tell of both.
+SETTINGS = (
+    *("optimizer", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("seed", "data_seed", "freeze_body", "flip", "max_shift", "shift_fill", "cutout_size"),
+    *("cutmix_probability", "trivial_augment_probability", "label_smoothing_factor"),
+)
 OWN_SETTINGS = {"muon": ("muon_learning_rate",), "adam": (), "trainer": ("optim", "optim_args")}
 
 
@@ -72,13 +76,13 @@ class Clock(TrainerCallback, ExportableState):
 
 
 class TrainedOn(TrainerCallback, ExportableState):
-    """Which images a checkpoint was trained and compared on, and the settings of its optimizer."""
+    """Which images a checkpoint was trained and compared on, and with what settings."""
 
-    def __init__(self, digest: str, optimizer: dict):
-        self.digest, self.optimizer = digest, optimizer
+    def __init__(self, digest: str, settings: dict):
+        self.digest, self.settings = digest, settings
 
     def state(self) -> dict:
-        return {"args": {"digest": self.digest, "optimizer": self.optimizer}, "attributes": {}}
+        return {"args": {"digest": self.digest, "settings": self.settings}, "attributes": {}}
 
 
 class SaveAfterEvaluation(TrainerCallback):
@@ -125,7 +129,7 @@ class ViTCifarTrainer(Trainer):
         image_mean, image_std: per channel, of pixels scaled to 0..1.
 
     Raises:
-        ValueError: shifts of a whole image.
+        ValueError: shifts of a whole image, or no whole batch where only whole ones are trained on.
     """
 
     def __init__(
@@ -141,9 +145,16 @@ class ViTCifarTrainer(Trainer):
         side = train_dataset.images.shape[-1]
         if recipe.max_shift >= side:
             raise ValueError(f"max_shift: expected less than the images' {side} pixels, got {recipe.max_shift}")
+        batch_size = args.train_batch_size * args.world_size
+        if args.dataloader_drop_last and len(train_dataset) < batch_size:
+            raise ValueError(
+                f"dataloader_drop_last: expected {batch_size} training images or more, one batch, "
+                f"got {len(train_dataset)}"
+            )
         arguments = vars(recipe) | args.to_dict()
-        optimizer = {name: arguments[name] for name in OPTIMIZER_SETTINGS + OWN_SETTINGS[recipe.optimizer]}
-        self.trained_on = TrainedOn(train_dataset.digest() + eval_dataset.digest(), optimizer)
+        settings = {name: arguments[name] for name in SETTINGS + OWN_SETTINGS[recipe.optimizer]}
+        settings["images per step"] = batch_size * args.gradient_accumulation_steps
+        self.trained_on = TrainedOn(train_dataset.digest() + eval_dataset.digest(), settings)
         callbacks = [Clock(), self.trained_on, SaveAfterEvaluation()]
         if recipe.early_stopping_patience is not None:
             callbacks.append(EarlyStoppingCallback(recipe.early_stopping_patience))
@@ -214,7 +225,7 @@ class ViTCifarTrainer(Trainer):
         return inputs
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args, **kwargs) -> None:
-        """As in Trainer, but only from a checkpoint of the same images, optimizer settings and model.
+        """As in Trainer, but only from a checkpoint of the same images, settings and model.
 
         Raises:
             TrainingError: they are others.
@@ -230,8 +241,8 @@ class ViTCifarTrainer(Trainer):
             {name: getattr(config, name) for name in ViTCifarConfig.__annotations__}
             for config in (ViTCifarConfig.from_pretrained(resume_from_checkpoint), self.model.config)
         )
-        expected |= before["optimizer"]
-        for name, value in (own | self.trained_on.optimizer).items():
+        expected |= before["settings"]
+        for name, value in (own | self.trained_on.settings).items():
             if expected[name] != value:
                 raise TrainingError(
                     f"resume_from_checkpoint: expected the {name} of {resume_from_checkpoint}, {expected[name]}, "
