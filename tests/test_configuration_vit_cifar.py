@@ -114,6 +114,8 @@ def test_no_labels_at_all(tmp_path):
         ({"num_labels": 10, "id2label": {0: "a", 1: "b"}}, "num_labels", "2", "10"),
         ({"id2label": {1: "a", 2: "b"}}, "id2label", "the keys 0 to 1", "1, 2"),
         ({"id2label": ["a", "b"]}, "id2label", "a dictionary of indices to names", "['a', 'b']"),
+        ({"label2id": ["a", "b"]}, "label2id", "a dictionary of names to indices", "['a', 'b']"),
+        ({"label2id": {"a": 0, "b": 0}}, "label2id", "an index of its own for each name", "{'a': 0, 'b': 0}"),
         ({"num_labels": 3, "label2id": {"a": 0, "b": 1}}, "num_labels", "2", "3"),
         (
             {"position_embedding": "sinusoidal", "hidden_size": 9, "num_attention_heads": 3},

@@ -82,10 +82,13 @@ class ViTCifarConfig(PreTrainedConfig):
         num_labels = kwargs.get("num_labels")
         if num_labels is not None and not (isinstance(num_labels, int) and num_labels >= 0):
             raise ValueError(f"num_labels: expected an integer of at least 0, got {num_labels!r}")
-        if not isinstance(self.id2label, dict | None):
-            raise ValueError(f"id2label: expected a dictionary of indices to names, got {self.id2label!r}")
+        for name, kind in (("id2label", "of indices to names"), ("label2id", "of names to indices")):
+            if not isinstance(getattr(self, name), dict | None):
+                raise ValueError(f"{name}: expected a dictionary {kind}, got {getattr(self, name)!r}")
         if self.id2label is None and self.label2id:
             self.id2label = {index: name for name, index in self.label2id.items()}
+            if len(self.id2label) != len(self.label2id):
+                raise ValueError(f"label2id: expected an index of its own for each name, got {self.label2id}")
         # A dictionary that was saved carries its model_type. There, unknown fields are a newer version's, and
         # num_labels is what `from_pretrained(..., num_labels=3)` asks for: both are transformers' own business.
         loaded = "model_type" in kwargs

@@ -44,8 +44,8 @@ def open_image(source: str | Path | bytes | BinaryIO) -> Image.Image:
             with open(source, "rb") as file:
                 return _decoded(file, str(source))
         except OSError as error:
-            got = {FileNotFoundError: "no such file", IsADirectoryError: "a folder"}.get(type(error))
-            got = got or "one that cannot be opened"
+            known = {FileNotFoundError: "no such file", IsADirectoryError: "a folder"}
+            got = known.get(type(error), "one that cannot be opened")
             raise ImageError(f"{source}: expected an image file, got {got}") from error
     return _decoded(BytesIO(source) if isinstance(source, bytes) else source, "the upload")
 

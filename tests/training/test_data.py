@@ -277,14 +277,18 @@ def test_a_folder_that_is_not_there_is_no_earlier_one_of_its_name(tmp_path, monk
     monkeypatch.chdir(tmp_path / "one")
     assert len(load_split("rows", "train")) == 1
     monkeypatch.chdir(tmp_path / "two")
-    with pytest.raises(DataError, match="dataset_name: expected a folder or a Hub id, user/name, got 'rows'"):
+    with pytest.raises(
+        DataError, match="dataset_name: expected a folder or a Hub id with its user, as in ylecun/mnist, got 'rows'"
+    ):
         load_split("rows", "train")
 
 
 def test_a_folder_of_one_class_has_no_labels(tmp_path):
     (tmp_path / "train" / "cat").mkdir(parents=True)
     (tmp_path / "train" / "cat" / "1.png").write_bytes(picture(1))
-    with pytest.raises(DataError, match="label_column: .* got none: a folder's labels are its subfolders, two or more"):
+    with pytest.raises(
+        DataError, match="label_column: .* got none: in a folder, two subfolders or more of each split are its labels"
+    ):
         load_split(str(tmp_path), "train")
 
 

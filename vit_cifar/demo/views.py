@@ -315,7 +315,8 @@ def mistakes(subject: Subject, label: str, answer: str) -> tuple[list[tuple[Imag
     if not found:
         return [], f"No test image {what}."
     kept = f", {len(found)} of them shown" if count > len(found) else ""
-    said = f"{count} test images {what}{kept}: as the model sees each, and under the answer's gradient rollout."
+    counted = f"{count} test image{'s' * (count != 1)}"
+    said = f"{counted} {what}{kept}: as the model sees each, and under the answer's gradient rollout."
     shown = rows.select([row for _, row in found])
     pixel_values = subject.pixels([image.convert("RGB") for image in shown["image"]])
     seen = subject.look(pixel_values, subject.classes[answer_index])  # the examination may have an older name

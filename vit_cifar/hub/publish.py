@@ -247,7 +247,7 @@ def hub_errors(doing: str) -> Iterator[None]:
     except UserError:
         raise
     except (HfHubHTTPError, HTTPError, OSError, ValueError, RuntimeError) as error:
-        cause = error.__cause__ if isinstance(error, RuntimeError) else error  # of an upload of weights
+        cause = error.__cause__ if isinstance(error, RuntimeError) else error  # an upload of weights wraps it
         reason = one_line(cause or error)
         if isinstance(cause, HfHubHTTPError):  # its own text is many lines for developers
             answer = cause.response

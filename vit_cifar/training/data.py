@@ -129,7 +129,9 @@ def load_rows(dataset_name: str) -> datasets.DatasetDict:
     """
     source = str(SAMPLE_FOLDER) if dataset_name == SAMPLE_NAME else dataset_name
     if not is_local(source) and "/" not in source:  # `datasets` would take any cached folder of that last name
-        raise DataError(f"dataset_name: expected a folder or a Hub id, user/name, got {source!r}: no such folder")
+        raise DataError(
+            f"dataset_name: expected a folder or a Hub id with its user, as in ylecun/mnist, got {source!r}: no such folder"
+        )
     try:
         return _load_dataset(source)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError, HTTPError) as error:
@@ -254,7 +256,11 @@ def _find_column(rows: datasets.Dataset, name: str | None, kind: type, argument:
     found = [column for column, feature in rows.features.items() if isinstance(feature, kind)]
     if len(found) != 1:
         several = len(rows.features) > 1
-        advice = f"name it with --{argument}" if several else "a folder's labels are its subfolders, two or more"
+        advice = (
+            f"name it with --{argument}"
+            if several
+            else "in a folder, two subfolders or more of each split are its labels"
+        )
         raise DataError(
             f"{argument}: expected one column of type {kind.__name__} in split {split!r} ({', '.join(rows.features)}), "
             f"got {', '.join(found) or 'none'}: {advice}"
