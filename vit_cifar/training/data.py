@@ -130,7 +130,7 @@ def load_rows(dataset_name: str) -> datasets.DatasetDict:
     source = str(SAMPLE_FOLDER) if dataset_name == SAMPLE_NAME else dataset_name
     if not is_local(source) and "/" not in source:  # `datasets` would take any cached folder of that last name
         raise DataError(
-            f"dataset_name: expected a folder or a Hub id with its user, as in ylecun/mnist, got {source!r}: no such folder"
+            f"dataset_name: expected a folder or a Hub id with its user, as in ylecun/mnist, got {source!r}"
         )
     try:
         return _load_dataset(source)
