@@ -1,6 +1,7 @@
 """A recipe and Trainer arguments -> a trained model folder with its record.
 
 python train.py --recipe nano --output_dir runs/nano
+python train.py --help
 """
 
 import sys
@@ -16,8 +17,8 @@ from vit_cifar.evaluation import records
 from vit_cifar.evaluation.metrics import evaluate
 from vit_cifar.integrity import write_checksums
 from vit_cifar.models import local_folder
-from vit_cifar.training.arguments import RecipeArguments, fastest_attention, parse_arguments
-from vit_cifar.training.data import ImageDataset, duplicates, is_local, load_split, split_off_validation
+from vit_cifar.training.arguments import fastest_attention, parse_arguments
+from vit_cifar.training.data import duplicates, is_local, load_data
 from vit_cifar.training.initialization import initial_model, load_start
 from vit_cifar.training.trainer import ViTCifarTrainer, describe_parameters, find_checkpoint
 
@@ -121,20 +122,6 @@ def main(argv: list[str]) -> None:
     records.plot_losses(record, Path(args.output_dir) / "loss_curve.png")
     write_checksums(args.output_dir)
     print(f"validation accuracy {validation.accuracy:.2%}, test accuracy {test.accuracy:.2%}: {args.output_dir}")
-
-
-def load_data(recipe: RecipeArguments, image_size: int) -> tuple[ImageDataset, ImageDataset, ImageDataset]:
-    """(training, validation, test): all of it before training, which a broken row must not cost."""
-    train_set, test_set = (
-        load_split(recipe.dataset_name, split, image_size, recipe.image_column, recipe.label_column)
-        for split in ("train", "test")
-    )
-    if lost := set(test_set.labels.tolist()) - set(train_set.labels.tolist()):
-        names = ", ".join(test_set.classes[label] for label in sorted(lost))
-        raise UserError(f"dataset_name: expected training images of each class of the test split, got none of {names}")
-    if recipe.validation_size == 0:  # the tutorial's way: the test split decides which epoch is kept
-        return train_set, test_set, test_set
-    return *split_off_validation(train_set, recipe.validation_size, recipe.validation_seed), test_set
 
 
 if __name__ == "__main__":

@@ -231,14 +231,14 @@ def nothing_hidden(subject: Subject, seen: Look) -> tuple[dict[str, float], Imag
 def _hidden(
     subject: Subject,
     covered: torch.Tensor,
-    patches: Sequence[int],
+    patches: list[int],
     before: dict[str, float],
     after: dict[str, float],
 ) -> tuple[dict[str, float], Image.Image, str]:
     answer, (rows, columns) = max(before, key=before.get), subject.grid
     change = f"**{_as_markdown(answer)}** {before[answer]:.0%} → {after[answer]:.0%}"
     said = f"{len(patches)} of {rows * columns} patches hidden: {change}"
-    picture = to_picture(subject.denormalize(covered)[0], {"model": subject.name, "hidden patches": str(list(patches))})
+    picture = to_picture(subject.denormalize(covered)[0], {"model": subject.name, "hidden patches": str(patches)})
     return after, picture, said
 
 
@@ -307,8 +307,9 @@ def mistakes(subject: Subject, label: str, answer: str) -> tuple[list[tuple[Imag
     names = record["classes"]
     label_index, answer_index = names.index(label), names.index(answer)
     count = record["confusion"][label_index][answer_index]
-    pairs = enumerate(zip(rows["label"], rows["prediction"], strict=True))
-    found = [(rows["confidence"][row], row) for row, pair in pairs if pair == (label_index, answer_index)]
+    columns = zip(rows["label"], rows["prediction"], rows["confidence"], strict=True)
+    wanted = [label_index, answer_index]
+    found = [(confidence, row) for row, (*pair, confidence) in enumerate(columns) if pair == wanted]
     found = sorted(found, reverse=label != answer)[:SHOWN_MISTAKES]
     given = "rightly answered" if label == answer else f"answered **{_as_markdown(answer)}**"
     what = f"of class **{_as_markdown(label)}** {given}"

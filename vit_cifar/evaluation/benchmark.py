@@ -393,7 +393,8 @@ def matmul_rate(number_format: str, rows: int, inner: int, columns: int, repeats
     device = default_device()
     a, b = torch.randn(rows, inner, device=device), torch.randn(inner, columns, device=device)
     a, b = a.to(FORMATS[number_format]), b.to(FORMATS[number_format])
-    return 10 * 2 * rows * inner * columns / min(timed(lambda: a @ b, 10) for _ in range(repeats))
+    products = 10
+    return products * 2 * rows * inner * columns / min(timed(lambda: a @ b, products) for _ in range(repeats))
 
 
 def training_flops(config: ViTCifarConfig) -> int:

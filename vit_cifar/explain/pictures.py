@@ -72,8 +72,9 @@ class Explanation:
 
     def save(self, path: Path) -> None:
         """A PNG with a colourbar, which carries `metadata`."""
-        _, (_, method), *details = self.description.items()  # model, method, …
-        title = ", ".join([method, *(f"{name} {value}" for name, value in details)])
+        method = self.description["method"]
+        details = [f"{name} {value}" for name, value in self.description.items() if name not in ("model", "method")]
+        title = ", ".join([method, *details])
         figure = figure_with_colourbar(self.map.values[0].cpu(), self.image, title, UNITS[method])
         figure.savefig(path, format="png", dpi=128, metadata=self.metadata())
 

@@ -11,6 +11,7 @@ import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import datasets
 import numpy as np
@@ -26,6 +27,9 @@ from transformers import ViTImageProcessor
 
 from ..errors import UserError, first_line
 from ..images import UNREADABLE, to_rgb
+
+if TYPE_CHECKING:
+    from .arguments import RecipeArguments  # which imports this module
 
 CIFAR10_NAME = "uoft-cs/cifar10"
 CIFAR10_MEAN = [0.4914, 0.4822, 0.4465]  # per channel, of pixels scaled to 0..1: the tutorial's numbers
@@ -216,6 +220,12 @@ def duplicates(dataset: ImageDataset, of: ImageDataset) -> list[int]:
     return [row for row, image in enumerate(dataset.images.numpy()) if hashlib.sha256(image).digest() in known]
 
 
+def missing_classes(dataset: ImageDataset, of: ImageDataset) -> list[str]:
+    """Classes that `of` has images of and `dataset` has none of."""
+    missing = set(of.labels.tolist()) - set(dataset.labels.tolist())
+    return [of.classes[label] for label in sorted(missing)]
+
+
 def split_off_validation(dataset: ImageDataset, size: int, seed: int) -> tuple[ImageDataset, ImageDataset]:
     """(rest, validation): `size` images drawn so that every class keeps its share; the same for the same seed.
 
@@ -237,13 +247,28 @@ def split_off_validation(dataset: ImageDataset, size: int, seed: int) -> tuple[I
         dataset.labels.numpy(), len(dataset) - size, size, rng=np.random.default_rng(seed)
     )
     rest, validation = (dataset.subset(torch.from_numpy(rows).sort().values) for rows in next(draws))
-    lost = set(dataset.labels.tolist()) - set(rest.labels.tolist())
-    if lost:
-        names = ", ".join(dataset.classes[label] for label in sorted(lost))
+    if lost := ", ".join(missing_classes(rest, dataset)):
         raise DataError(
-            f"validation_size: expected images of each class left to train with, got {size}: none of {names}"
+            f"validation_size: expected images of each class left to train with, got {size}: none of {lost}"
         )
     return rest, validation
+
+
+def load_data(recipe: "RecipeArguments", image_size: int) -> tuple[ImageDataset, ImageDataset, ImageDataset]:
+    """(training, validation, test): all of it before training, which a broken row must not cost.
+
+    Raises:
+        DataError: see `load_split` and `split_off_validation`; or the test split has a class that training lacks.
+    """
+    train_set, test_set = (
+        load_split(recipe.dataset_name, split, image_size, recipe.image_column, recipe.label_column)
+        for split in ("train", "test")
+    )
+    if lost := ", ".join(missing_classes(train_set, test_set)):
+        raise DataError(f"dataset_name: expected training images of each class of the test split, got none of {lost}")
+    if recipe.validation_size == 0:  # the tutorial's way: the test split decides which epoch is kept
+        return train_set, test_set, test_set
+    return *split_off_validation(train_set, recipe.validation_size, recipe.validation_seed), test_set
 
 
 def _find_column(rows: datasets.Dataset, name: str | None, kind: type, argument: str, split: str) -> str:
@@ -255,15 +280,14 @@ def _find_column(rows: datasets.Dataset, name: str | None, kind: type, argument:
         return name
     found = [column for column, feature in rows.features.items() if isinstance(feature, kind)]
     if len(found) != 1:
-        several = len(rows.features) > 1
-        advice = (
-            f"name it with --{argument}"
-            if several
-            else "in a folder, two subfolders or more of each split are its labels"
-        )
+        advice = ""
+        if len(rows.features) > 1:
+            advice = f": name it with --{argument}"
+        elif kind is datasets.ClassLabel:
+            advice = ": in a folder, two subfolders or more of each split are its labels"
         raise DataError(
             f"{argument}: expected one column of type {kind.__name__} in split {split!r} ({', '.join(rows.features)}), "
-            f"got {', '.join(found) or 'none'}: {advice}"
+            f"got {', '.join(found) or 'none'}{advice}"
         )
     return found[0]
 
