@@ -537,6 +537,11 @@ def test_the_tabs_in_a_browser(subject, page, browser, tmp_path, theme, width):
             tab.keyboard.press("Space")
         expect(tab.get_by_text(f"{count} of 64 patches hidden")).to_be_visible()
         expect(box).to_be_checked()
+    tab.keyboard.press("Shift+Tab")
+    expect(tab.get_by_label("row 8, column 7", exact=True)).to_be_focused()
+    tab.keyboard.press("Tab")
+    tab.keyboard.press("Tab")  # past the last patch
+    expect(tab.get_by_role("button", name="Hide the patch")).to_be_focused()
     box, picture = tab.locator("#cells").bounding_box(), tab.locator("#board img").bounding_box()
     assert box == pytest.approx(picture, abs=4)  # the boxes lie on the patches
     tab.get_by_role("button", name="Hide the patch").click()

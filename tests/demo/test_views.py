@@ -91,6 +91,16 @@ def test_a_sentence_shows_a_class_name_as_it_is_and_counts_a_patch_once(subject,
         assert shown.startswith(f"1 of 64 patches hidden: {max(chances, key=chances.get)} ")
 
 
+def test_mistakes_show_class_names_as_they_are(subject):
+    examination = subject.examination
+    names = [f"*{name}* <b>_x_" for name in examination.record["classes"]]
+    renamed = replace(examination, record=examination.record | {"classes": names})
+    label, answer = views.commonest_mistake(renamed)
+    _, said = views.mistakes(replace(subject, examination=renamed), label, answer)
+    shown = unescape(re.sub("</?(p|strong|em)>", "", MarkdownIt().render(said)))
+    assert f"of class {label} answered {answer}" in shown
+
+
 def test_the_next_patch_is_the_largest_of_those_still_shown(subject, pixel_values):
     values = METHODS["gradient rollout"](subject.look(pixel_values)).values.flatten()
     order = values.argsort(descending=True).tolist()

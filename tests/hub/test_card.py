@@ -59,6 +59,13 @@ def test_every_number_follows_the_record(nano):
     assert "50.00%" in text and "59.00%" in text and "seed 7" in text and "600 min on 2 CPU cores" in text
 
 
+def test_classes_that_are_known_alike_have_no_worst_and_best(nano):
+    per_class = read_record(nano)["test_accuracy_per_class"]
+    assert "knows worst and best" in model_card(nano, "user/name").content
+    change_record(nano, test_accuracy_per_class=dict.fromkeys(per_class, 0.9))
+    assert "knows worst and best" not in model_card(nano, "user/name").content
+
+
 def test_a_model_that_was_not_examined_has_no_such_sections(nano):
     for name in (EXAMINATION_NAME, MISTAKES_NAME):
         (nano / name).unlink()

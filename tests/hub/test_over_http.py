@@ -166,10 +166,14 @@ def test_what_an_earlier_version_left_is_not_taken_for_this_ones(hub, tmp_path, 
     """An examined model with pickled weights beside it, then one that was not examined; the owner's files stay."""
     others = {"notes.txt": b"mine", "openvino/openvino_model.bin": b"no pickle"}
     hub.add_repo("model", MODEL_ID, nano_files() | others | {"pytorch_model.bin": b"pickled"})
-    assert publish(hub, tmp_path, model_dir=smoke_folder).returncode == 0
+    pushed = publish(hub, tmp_path, model_dir=smoke_folder)
+    assert pushed.returncode == 0
     repo = hub.repos["model", MODEL_ID]
     names = set(repo.commits[repo.refs["main"]])
-    assert not names & {"pytorch_model.bin", "examination.json", "mistakes.parquet", "overlays.png"}
+    gone = {"pytorch_model.bin", "examination.json", "mistakes.parquet", "overlays.png"}
+    assert not names & gone
+    said = {line.split()[1].rstrip(",") for line in pushed.stdout.splitlines() if line.startswith("deletes ")}
+    assert said == gone
     assert set(others) <= names and len(repo.messages) == 2
 
 

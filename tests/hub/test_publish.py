@@ -52,10 +52,11 @@ def test_what_is_built_is_checked_and_kept(tmp_path, capsys):
     said = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0].split(",")[0] for line in said[:2]] == ["card", "loaded without this package"]
     assert said[2].startswith("not evaluated again") and "nothing was uploaded" in said[-1]
+    assert said[-2] == "mistakes.parquet and overlays.png hold test images, which all who see the repository get"
     names = {path.name for path in (tmp_path / "built").iterdir()}
     assert names == {
         *("README.md", "config.json", "model.safetensors", "preprocessor_config.json", "training_record.json"),
-        *("configuration_vit_cifar.py", "modeling_vit_cifar.py", "SHA256SUMS"),
+        *("configuration_vit_cifar.py", "modeling_vit_cifar.py", "SHA256SUMS", "LICENSE"),
         *("examination.json", "mistakes.parquet", "overlays.png"),
     }
     for name in ("model.safetensors", "training_record.json"):
@@ -133,6 +134,7 @@ def test_remote_code_that_answers_otherwise_is_refused(built):
     [
         ("license: apache-2.0\n", "", "got no license"),
         (f"value: {ACCURACY}", "value: 0.95", rf"expected the record's accuracy {ACCURACY}, got \[0.95\]"),
+        (f"{ACCURACY:.2%}", "95.00%", f"expected the record's accuracy {ACCURACY}"),
         ("(overlays.png)", "(elsewhere.png)", "got elsewhere.png"),
         ("## Citation", "[More Information Needed]", "every section to be filled"),
     ],
@@ -150,9 +152,16 @@ def test_a_record_that_the_dataset_contradicts_is_refused(smoke_folder, tmp_path
     folder = copy_to_change(smoke_folder, tmp_path / "run")
     assert "as the record says" in check_accuracy(folder, None)  # `sample` travels with the package
     record = read_record(folder)
-    (folder / RECORD_NAME).write_text(json.dumps(record | {"test_accuracy": record["test_accuracy"] + 0.05}))
-    with pytest.raises(PublishError, match="record: expected its test_accuracy"):
-        check_accuracy(folder, "sample")
+    per_class = record["test_accuracy_per_class"]
+    for name, other in (
+        ("test_accuracy", {"test_accuracy": record["test_accuracy"] + 0.05}),
+        ("test_loss", {"test_loss": record["test_loss"] + 0.01}),
+        ("cat", {"test_accuracy_per_class": per_class | {"cat": per_class["cat"] + 0.3}}),
+        ("test", {"dataset": record["dataset"] | {"images": record["dataset"]["images"] | {"test": 201}}}),
+    ):
+        (folder / RECORD_NAME).write_text(json.dumps(record | other))
+        with pytest.raises(PublishError, match=f"record: expected its {name} "):
+            check_accuracy(folder, "sample")
     with pytest.raises(UserError, match="dataset_name: expected a dataset"):
         check_accuracy(folder, "no/such-dataset")
 

@@ -1,3 +1,4 @@
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 from vit_cifar import ViTCifarConfig, ViTCifarForImageClassification
 from vit_cifar.configuration_vit_cifar import CIFAR10_CLASSES
 from vit_cifar.training.arguments import parse_arguments
-from vit_cifar.training.data import CIFAR10_MEAN, CIFAR10_STD, load_split, normalize
+from vit_cifar.training.data import CIFAR10_MEAN, CIFAR10_STD, image_processor, load_split, normalize
 from vit_cifar.training.initialization import adapt, initial_model, load_start, whiten
 
 IMAGES = torch.randn(3, 3, 48, 48, generator=torch.Generator().manual_seed(0))
@@ -43,6 +44,14 @@ def test_other_classes_get_a_new_head_on_the_same_body():
     assert model(IMAGES).logits.shape == (3, 2)
     torch.testing.assert_close(model.eval().vit(IMAGES).pooler_output, pretrained.vit(IMAGES).pooler_output)
     assert pretrained.config.num_labels == 10
+
+
+def test_a_trained_models_pixels_are_normalized_as_it_learned_them(tiny_model_folder, tmp_path):
+    folder = shutil.copytree(tiny_model_folder, tmp_path / "start")
+    image_processor(32, [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]).save_pretrained(folder)
+    recipe, _, _ = parse_arguments(["--model_name_or_path", str(folder), "--output_dir", str(tmp_path)])
+    _, processor = load_start(recipe, folder)
+    assert list(processor.image_mean) == [0.1, 0.2, 0.3] and list(processor.image_std) == [0.4, 0.5, 0.6]
 
 
 def test_a_single_class_is_refused():

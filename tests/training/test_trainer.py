@@ -201,6 +201,23 @@ def test_a_training_that_had_ended_stays_as_it_is_when_it_is_resumed(make, tmp_p
         assert torch.equal(again.model.state_dict()[name], tensor), name
 
 
+def test_a_checkpoint_that_does_not_say_what_it_was_trained_on_is_refused(make, tmp_path):
+    make("--max_steps", "2", "--save_steps", "2").train()
+    checkpoint, _ = newest_whole_checkpoint(tmp_path)
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    for spoil, message in (
+        (
+            lambda callbacks: callbacks["TrainedOn"]["args"]["settings"].pop("flip"),
+            "expected the flip of .*, None, got",
+        ),
+        (lambda callbacks: callbacks.pop("TrainedOn"), "which does not say what it was trained on"),
+    ):
+        spoil(state["stateful_callbacks"])
+        (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+        with pytest.raises(TrainingError, match=message):
+            make("--max_steps", "4").train(resume_from_checkpoint=str(checkpoint))
+
+
 def test_a_checkpoint_of_other_images_is_refused(make, tmp_path):
     """What was held out of the training before may be learned now, and the best epoch so far was found on others."""
     make("--max_steps", "2", "--save_steps", "2").train()

@@ -276,7 +276,7 @@ def confusion_table(examination: Examination) -> str:
     """HTML: a row for each class, a button for each answer, the share of right answers at the end."""
     record = examination.record
     names = [escape(name) for name in record["classes"]]
-    head = "".join(f'<th scope="col"><span>{name}</span></th>' for name in names)
+    head = "".join(f'<th scope="col" title="{name}"><span>{name}</span></th>' for name in names)
     rows = []
     for name, label, counts in zip(names, record["classes"], record["confusion"], strict=True):
         cells = ""
@@ -291,9 +291,9 @@ def confusion_table(examination: Examination) -> str:
             )
         right = record["test_accuracy_per_class"].get(label)  # a class may have no test image
         accuracy = "–" if right is None else f"{right:.1%}"
-        rows.append(f'<tr><th scope="row">{name}</th>{cells}<td>{accuracy}</td></tr>')
+        rows.append(f'<tr><th scope="row" title="{name}">{name}</th>{cells}<td>{accuracy}</td></tr>')
     return (
-        f'<table class="confusion"><thead><tr><td></td>{head}'
+        f'<table class="confusion" style="--classes: {len(names)}"><thead><tr><td></td>{head}'
         f'<th scope="col"><span>accuracy</span></th></tr></thead><tbody>{"".join(rows)}</tbody></table>'
     )
 

@@ -81,6 +81,8 @@ def publish(
         print(check_as_stranger(folder))
         print(check_accuracy(folder, dataset_name))
         print(describe_files(folder))
+        if (folder / MISTAKES_NAME).is_file():
+            print(f"{MISTAKES_NAME} and {PICTURE_NAME} hold test images, which all who see the repository get")
         if not push:
             print(f"nothing was uploaded: --push makes this one commit in {repo_id}")
             return None
@@ -120,6 +122,7 @@ def build_model_repo(model_dir: str | Path, repo_id: str, folder: Path) -> None:
         shutil.copyfile(model_dir / name, folder / name)
     for name in REMOTE_CODE:
         shutil.copyfile(Path(__file__).parents[1] / name, folder / name)
+    shutil.copyfile(HUB_CARD.parent / "LICENSE", folder / "LICENSE")  # which that code must carry
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["auto_map"] = AUTO_MAP  # save_pretrained names only the class that was saved
     write_json(folder / "config.json", config)
@@ -247,7 +250,9 @@ def hub_errors(doing: str) -> Iterator[None]:
     except UserError:
         raise
     except (HfHubHTTPError, HTTPError, OSError, ValueError, RuntimeError) as error:
-        cause = error.__cause__ if isinstance(error, RuntimeError) else error  # an upload of weights wraps it
+        cause = (
+            error.__cause__ if isinstance(error, RuntimeError) else error
+        )  # an upload of large files wraps what it met
         reason = one_line(cause or error)
         if isinstance(cause, HfHubHTTPError):  # its own text is many lines for developers
             answer = cause.response
@@ -284,6 +289,7 @@ def upload(folder: Path, repo_id: str, repo_type: str, private: bool, revision: 
             left = name in (*EXAMINED, PICTURE_NAME) or any(fnmatch(name, kind) and "/" not in name for kind in PICKLES)
             if name not in files and name != ".gitattributes" and (left or repo_type == "space"):
                 operations.append(CommitOperationDelete(name))
+                print(f"deletes {name}, which {repo_id} has and this folder has not")
         return api.create_commit(repo_id, operations, commit_message=message, repo_type=repo_type, revision=revision)
 
 

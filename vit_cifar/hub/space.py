@@ -85,8 +85,9 @@ def build_space_repo(repo_id: str, model_id: str, commit: str, folder: Path) -> 
     shutil.copyfile(checkout / "app.py", folder / "app.py")
     shutil.copyfile(checkout / "LICENSE", folder / "LICENSE")
     for path in sorted(package.rglob("*")):  # what the package is made of
-        if path.suffix in PACKAGED:
-            target = folder / path.relative_to(checkout)
+        inside = path.relative_to(checkout)
+        if path.suffix in PACKAGED and not any(part.startswith(".") for part in inside.parts):  # an editor's copies
+            target = folder / inside
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
     data = SpaceCardData(

@@ -24,6 +24,7 @@ FIXED = {
     "batch_eval_metrics": False,
     "prediction_loss_only": False,
     "label_names": None,
+    "train_sampling_strategy": "random",  # the others go by lengths of text, or train in the order of the files
     "enable_jit_checkpoint": False,  # on SIGTERM it ends as if training had finished, and a half-trained model is saved
 }
 

@@ -228,9 +228,14 @@ class ViTCifarTrainer(Trainer):
         """As in Trainer, but only from a checkpoint of the same images, settings and model.
 
         Raises:
-            TrainingError: they are others.
+            TrainingError: they are others, or it does not say which.
         """
         before = TrainerState.load_from_json(str(Path(resume_from_checkpoint, TRAINER_STATE_NAME))).stateful_callbacks
+        if TrainedOn.__name__ not in before:
+            raise TrainingError(
+                "resume_from_checkpoint: expected a checkpoint of this version's train.py, got "
+                f"{resume_from_checkpoint}, which does not say what it was trained on"
+            )
         before = before[TrainedOn.__name__]["args"]
         if before["digest"] != self.trained_on.digest:
             raise TrainingError(
@@ -243,9 +248,9 @@ class ViTCifarTrainer(Trainer):
         )
         expected |= before["settings"]
         for name, value in (own | self.trained_on.settings).items():
-            if expected[name] != value:
+            if expected.get(name) != value:
                 raise TrainingError(
-                    f"resume_from_checkpoint: expected the {name} of {resume_from_checkpoint}, {expected[name]}, "
+                    f"resume_from_checkpoint: expected the {name} of {resume_from_checkpoint}, {expected.get(name)}, "
                     f"got {value}"
                 )
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
