@@ -1,16 +1,19 @@
 """Functions that tests share."""
 
+import io
 import os
 import re
+import runpy
 import shutil
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from time import monotonic, sleep
 from typing import IO
+from unittest.mock import patch
 
 import pytest
 from playwright.sync_api import Page, sync_playwright
@@ -42,6 +45,23 @@ def run(*command: object, cwd: Path = ROOT, **environment: str) -> subprocess.Co
         text=True,
         timeout=500,
     )
+
+
+def run_here(program: str, *words: object) -> subprocess.CompletedProcess:
+    """`train.py …` or `vit_cifar …` in this process: each new one spends up to 10 seconds on importing libraries."""
+    command = [program, *map(str, words)]
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
+    code = 0
+    with patch.object(sys, "argv", command), redirect_stdout(out), redirect_stderr(err):
+        try:
+            if program.endswith(".py"):
+                runpy.run_path(str(ROOT / program), run_name="__main__")
+            else:
+                runpy.run_module(program, run_name="__main__")
+        except SystemExit as end:
+            code = end.code or 0
+    said = (stream.buffer.getvalue().decode() for stream in (out, err))
+    return subprocess.CompletedProcess(command, code, *said)
 
 
 def start(*command: object, errors: IO | int = subprocess.DEVNULL, **environment: str) -> subprocess.Popen:

@@ -4,7 +4,7 @@ import shutil
 import sys
 
 import pytest
-from helpers import copy_to_change, run
+from helpers import copy_to_change, run, run_here
 from PIL import Image
 from transformers import pipeline
 
@@ -18,7 +18,7 @@ from vit_cifar.training.data import load_split
 
 
 def vit_cifar(*arguments):
-    return run(sys.executable, "-m", "vit_cifar", *arguments)
+    return run_here("vit_cifar", *arguments)
 
 
 @pytest.fixture
@@ -34,7 +34,8 @@ def test_predict_prints_what_the_pipeline_says(images, tiny_model_folder):
     classify = pipeline("image-classification", model=model, image_processor=processor)
     expected = [classify(Image.open(path).convert("RGB"), top_k=10) for path in images]
 
-    answer = vit_cifar("predict", *images, "--model", tiny_model_folder, "--json", "--top", "20")
+    words = ("predict", *images, "--model", tiny_model_folder, "--json", "--top", "20")
+    answer = run(sys.executable, "-m", "vit_cifar", *words)
     assert answer.returncode == 0, answer.stderr
     rows = json.loads(answer.stdout)  # nothing else is on stdout
     for row, path, classes in zip(rows, images, expected, strict=True):
@@ -122,7 +123,7 @@ def test_a_folder_that_cannot_be_written_is_one_line_and_exit_code_2(monkeypatch
     assert capsys.readouterr().err == "vit-cifar: [Errno 13] Permission denied: 'model/examination.json'\n"
 
 
-def test_users_errors_are_one_line_and_exit_code_2(images, tiny_model_folder, tmp_path, monkeypatch, capsys):
+def test_users_errors_are_one_line_and_exit_code_2(images, tiny_model_folder, tmp_path):
     text = tmp_path / "text.png"
     text.write_text("no image")
     Image.new("1", (10_000, 10_000)).save(tmp_path / "huge.png")
@@ -130,7 +131,6 @@ def test_users_errors_are_one_line_and_exit_code_2(images, tiny_model_folder, tm
     model, _ = load_model(str(tiny_model_folder))
     model.config.id2label = dict(enumerate("abcdefghij"))
     model.config.save_pretrained(own_classes)
-    capsys.readouterr()  # what saving said
     for arguments, message in (
         (["predict", text, "--model", tiny_model_folder], "expected an image"),
         (
@@ -161,13 +161,9 @@ def test_users_errors_are_one_line_and_exit_code_2(images, tiny_model_folder, tm
         (["predict", tmp_path, "--model", tiny_model_folder], "expected an image file, got a folder"),
         (["explain", images[0], "-o", tmp_path / "x.jpg"], "output: expected a name that ends in .png"),
     ):
-        monkeypatch.setattr(sys, "argv", ["vit-cifar", *map(str, arguments)])  # a process for each would take minutes
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        assert end.value.code == 2
-        out, err = capsys.readouterr()
-        assert out == ""
-        (line,) = err.strip().splitlines()
+        refused = vit_cifar(*arguments)
+        assert (refused.returncode, refused.stdout) == (2, "")
+        (line,) = refused.stderr.strip().splitlines()
         assert line.startswith("vit-cifar: ") and message in line
     assert not (tmp_path / "maps").exists()
 

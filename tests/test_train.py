@@ -1,8 +1,7 @@
-"""train.py as its users run it: in a process of its own."""
+"""train.py as its users run it. What is killed, and `smoke_folder`, is a process of its own."""
 
 import json
 import os
-import runpy
 import shutil
 import signal
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from helpers import ROOT, run, run_elsewhere, start
+from helpers import run, run_elsewhere, run_here, start
 from PIL import Image
 from safetensors.torch import load_file
 from torchvision.transforms.v2.functional import to_pil_image
@@ -24,23 +23,15 @@ from vit_cifar.hub.card import model_card
 from vit_cifar.training.data import load_split, split_off_validation
 
 
-def train(*arguments, **environment):
-    return run(sys.executable, "train.py", *arguments, **environment)
+def train(*arguments):
+    return run_here("train.py", *arguments)
 
 
-@pytest.fixture
-def refusal(monkeypatch, capsys):
+def refusal(*arguments) -> str:
     """The last line of a training that is refused before it starts."""
-
-    def refuse(*arguments) -> str:
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(ROOT / "train.py"), run_name="__main__")  # a process for each would take minutes
-        out, err = capsys.readouterr()
-        assert (end.value.code, out) == (2, "")
-        return err.splitlines()[-1]
-
-    return refuse
+    refused = train(*arguments)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    return refused.stderr.splitlines()[-1]
 
 
 def test_the_folder_loads_and_scores_what_its_record_says(smoke_folder):
@@ -141,9 +132,8 @@ def test_resume_from_the_middle_of_an_epoch_by_name(smoke_folder, tmp_path):
     assert weights_sha256(tmp_path / "again") == weights_sha256(folder) == weights_sha256(smoke_folder)
     # Another training's folder would lose its checkpoints, and one of them might be taken for the best of this one.
     other = smoke_folder / "checkpoint-95"
-    refused = train("--recipe", "smoke", "--output_dir", folder, "--resume_from_checkpoint", other)
-    assert refused.returncode == 2
-    assert "output_dir: expected a folder that holds no other training" in refused.stderr.splitlines()[-1]
+    message = refusal("--recipe", "smoke", "--output_dir", folder, "--resume_from_checkpoint", other)
+    assert "output_dir: expected a folder that holds no other training" in message
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over_and_refused_by_name(smoke_folder, tmp_path):
@@ -151,9 +141,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_refused_by_name(smoke_fo
     (folder / "model.safetensors").unlink()
     (folder / "checkpoint-100" / "trainer_state.json").write_text('{"epoch": 10.0, "glo')
     command = ["--recipe", "smoke", "--output_dir", folder, "--resume_from_checkpoint"]
-    refused = train(*command, folder / "checkpoint-100")
-    assert refused.returncode == 2
-    assert "checkpoint-95 is whole" in refused.stderr.splitlines()[-1]
+    assert "checkpoint-95 is whole" in refusal(*command, folder / "checkpoint-100")
     resumed = train(*command)
     assert resumed.returncode == 0, resumed.stderr
     assert "passed over" in resumed.stdout and "checkpoint-100" in resumed.stdout
@@ -175,9 +163,8 @@ def test_a_stop_between_the_last_step_and_the_record_costs_nothing(smoke_folder,
 
 def test_a_finished_training_is_not_overwritten(smoke_folder):
     before = {path: path.stat().st_mtime_ns for path in smoke_folder.rglob("*")}
-    refused = train("--recipe", "smoke", "--output_dir", smoke_folder)
-    assert refused.returncode == 2
-    assert "output_dir: expected a folder that holds no other training" in refused.stderr.splitlines()[-1]
+    message = refusal("--recipe", "smoke", "--output_dir", smoke_folder)
+    assert "output_dir: expected a folder that holds no other training" in message
     assert before == {path: path.stat().st_mtime_ns for path in smoke_folder.rglob("*")}
 
 
@@ -204,12 +191,12 @@ def test_a_finished_training_is_not_overwritten(smoke_folder):
         (["--resume_from_checkpoint"], "resume_from_checkpoint: expected a whole checkpoint"),
     ],
 )
-def test_wrong_arguments_end_with_one_line_and_write_nothing(tmp_path, refusal, arguments, message):
+def test_wrong_arguments_end_with_one_line_and_write_nothing(tmp_path, arguments, message):
     assert message in refusal("--recipe", "smoke", "--output_dir", tmp_path / "run", *arguments)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_class_of_the_test_split_alone_is_refused(tmp_path, refusal):
+def test_a_class_of_the_test_split_alone_is_refused(tmp_path):
     for row, place in enumerate(("train/cat", "train/dog", "test/cat", "test/Dog")):
         (tmp_path / place).mkdir(parents=True)
         Image.new("RGB", (32, 32), (40 * row, 0, 0)).save(tmp_path / place / "1.png")
@@ -217,7 +204,7 @@ def test_a_class_of_the_test_split_alone_is_refused(tmp_path, refusal):
     assert "got none of Dog" in refusal(*arguments, "--validation_size", "0")
 
 
-def test_a_file_in_the_place_of_the_folder_is_refused_before_training(tmp_path, refusal):
+def test_a_file_in_the_place_of_the_folder_is_refused_before_training(tmp_path):
     (tmp_path / "file").write_text("mine")
     message = refusal("--recipe", "smoke", "--output_dir", tmp_path / "file")
     assert "output_dir: expected a folder that can be written" in message
@@ -238,13 +225,13 @@ def test_stopped_by_the_user_it_says_how_to_go_on(tmp_path):
     assert "train.py: stopped; --resume_from_checkpoint goes on" in said and "Traceback" not in said
 
 
-def test_early_stopping_best_model_and_tensorboard(tmp_path):
+def test_early_stopping_best_model_and_tensorboard(tmp_path, monkeypatch):
     folder = tmp_path / "run"
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(folder / "logs"))
     finished = train(
         *("--recipe", "smoke", "--output_dir", folder, "--save_strategy", "epoch", "--load_best_model_at_end"),
         *("--metric_for_best_model", "accuracy", "--early_stopping_patience", "1", "--learning_rate", "0"),
         *("--muon_learning_rate", "0", "--report_to", "tensorboard"),
-        TENSORBOARD_LOGGING_DIR=str(folder / "logs"),
     )
     assert finished.returncode == 0, finished.stderr
     record = read_record(folder)
@@ -286,12 +273,23 @@ def test_adamw_and_no_augmentation_are_one_argument_away(tmp_path):
 @pytest.mark.slow
 def test_nano_starts_on_the_real_dataset_and_the_second_start_decodes_nothing(cifar10, tmp_path):
     cache = {"HF_HOME": str(tmp_path / "home")}
-    command = ["--recipe", "nano", "--dataset_name", cifar10, "--max_steps", "20", "--eval_strategy", "no"]
+    command = [
+        sys.executable,
+        "train.py",
+        "--recipe",
+        "nano",
+        "--dataset_name",
+        cifar10,
+        "--max_steps",
+        "20",
+        "--eval_strategy",
+        "no",
+    ]
     command += ["--save_strategy", "no", "--load_best_model_at_end", "false", "--output_dir"]
-    first = train(*command, tmp_path / "first", **cache)
+    first = run(*command, tmp_path / "first", **cache)
     assert first.returncode == 0, first.stderr
     assert "decoding train" in first.stderr and "decoding test" in first.stderr
-    second = train(*command, tmp_path / "second", **cache)
+    second = run(*command, tmp_path / "second", **cache)
     assert second.returncode == 0, second.stderr
     assert "decoding" not in second.stderr
     assert weights_sha256(tmp_path / "first") == weights_sha256(tmp_path / "second")
@@ -351,7 +349,5 @@ def test_a_trained_model_learns_other_classes_at_another_size(smoke_folder, two_
     before, after = load_file(smoke_folder / "model.safetensors"), load_file(tmp_path / "mine" / "model.safetensors")
     names = [name for name in before if not name.startswith("classifier") and "position" not in name]
     assert all(torch.equal(before[name], after[name]) for name in names) == frozen
-    predicted = run(
-        sys.executable, "-m", "vit_cifar", "predict", next(two_classes.rglob("*.png")), "--model", tmp_path / "mine"
-    )
+    predicted = run_here("vit_cifar", "predict", next(two_classes.rglob("*.png")), "--model", tmp_path / "mine")
     assert "animal" in predicted.stdout and "vehicle" in predicted.stdout

@@ -1,9 +1,8 @@
 import json
-import sys
 
 import pytest
 import torch
-from helpers import run
+from helpers import run_here
 
 from vit_cifar import ViTCifarConfig, ViTCifarForImageClassification
 from vit_cifar.errors import UserError
@@ -68,8 +67,8 @@ def test_flops_are_those_counted_by_hand():
 
 def test_the_command_prints_rows_and_writes_a_record(tmp_path):
     path = tmp_path / "record.json"
-    command = [sys.executable, "-m", "vit_cifar", "benchmark", "--batch-size", "2", "--rounds", "1", "--steps", "1"]
-    finished = run(*command, "--output", path)
+    command = ["vit_cifar", "benchmark", "--batch-size", "2", "--rounds", "1", "--steps", "1"]
+    finished = run_here(*command, "--output", path)
     assert finished.returncode == 0, finished.stderr
     record = json.loads(path.read_text())
     names = [row["name"] for row in record["training"]]
@@ -83,6 +82,6 @@ def test_the_command_prints_rows_and_writes_a_record(tmp_path):
         assert ("with output projection" in item["of"]) != ("the tutorial's model" in item["to"])
     for row in record["training"]:
         assert f"{row['images_per_second']:.1f}" in finished.stdout
-    again = run(*command, "--output", path)
+    again = run_here(*command, "--output", path)
     assert again.returncode == 2
     assert "expected a new file" in again.stderr

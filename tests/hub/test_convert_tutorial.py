@@ -2,11 +2,10 @@
 
 import math
 import pickle
-import sys
 
 import pytest
 import torch
-from helpers import run, run_elsewhere
+from helpers import run_elsewhere, run_here
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 from tutorial_model import TutorialViT
@@ -260,18 +259,11 @@ def test_a_folder_that_holds_something_is_left_as_it_is(tmp_path):
 
 def test_the_command(tmp_path):
     torch.save(tutorial_model("basic").state_dict(), tmp_path / "cifar_vit_basic.pth")
-    command = (
-        sys.executable,
-        "-m",
-        "vit_cifar",
-        "convert-tutorial",
-        tmp_path / "cifar_vit_basic.pth",
-        tmp_path / "new",
-    )
-    finished = run(*command)
+    command = ("vit_cifar", "convert-tutorial", tmp_path / "cifar_vit_basic.pth", tmp_path / "new")
+    finished = run_here(*command)
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout == f"tutorial_basic, 4,918,090 parameters: {tmp_path / 'new'}\n"
-    again = run(*command)
+    again = run_here(*command)
     assert again.returncode == 2 and again.stdout == ""
     (line,) = again.stderr.strip().splitlines()
     assert line.startswith("vit-cifar: output: expected a new or an empty folder")

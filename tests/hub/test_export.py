@@ -11,7 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from helpers import ROOT, run, run_elsewhere
+from helpers import ROOT, run, run_elsewhere, run_here
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTForImageClassification
 
@@ -198,7 +198,7 @@ def test_onnx_record_and_config(exported):
 
 
 def command(*words):
-    return run(sys.executable, "-m", "vit_cifar", "export", *words)
+    return run_here("vit_cifar", "export", *words)
 
 
 @pytest.mark.slow
