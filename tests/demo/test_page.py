@@ -18,7 +18,7 @@ import torch
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from gradio_client.utils import QueueError
-from helpers import CHROMIUM, PATIENCE, ROOT, run, served, skip_or_fail
+from helpers import CHROMIUM, PATIENCE, ROOT, run, run_here, served, skip_or_fail
 from PIL import Image, ImageOps
 from playwright.sync_api import Browser, Page, Request, expect, sync_playwright
 
@@ -720,12 +720,13 @@ def test_dropping_and_clearing_in_a_browser(subject, page, browser, script):
 
 
 @pytest.mark.parametrize("how", ["flag", "environment"])
-def test_app_refuses_a_bad_model_in_one_line(tmp_path, how):
+def test_app_refuses_a_bad_model_in_one_line(tmp_path, how, monkeypatch):
     name = str(tmp_path / "nothing here")
     if how == "flag":
-        finished = run(sys.executable, "app.py", "--model", name)
+        finished = run_here("app.py", "--model", name)
     else:
-        finished = run(sys.executable, "app.py", MODEL_ID=name)
+        monkeypatch.setenv("MODEL_ID", name)
+        finished = run_here("app.py")
     assert finished.returncode == 2
     assert finished.stdout == ""
     assert re.fullmatch(r"vit-cifar: model: expected .+, got .*nothing here.*\n", finished.stderr)
