@@ -14,9 +14,13 @@ from pathlib import Path
 from time import monotonic, sleep
 from typing import IO
 from unittest.mock import patch
+from warnings import catch_warnings
 
 import pytest
+import torch
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from playwright.sync_api import Page, sync_playwright
+from transformers.utils import logging
 
 ROOT = Path(__file__).parents[1]
 CHROMIUM = Path("/usr/bin/chromium")
@@ -47,12 +51,32 @@ def run(*command: object, cwd: Path = ROOT, **environment: str) -> subprocess.Co
     )
 
 
+@contextmanager
+def kept_settings() -> Iterator[None]:
+    """What a command sets for its whole process is afterwards as it was."""
+    threads, verbosity = torch.get_num_threads(), logging.get_verbosity()
+    bars, hub_bars = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    try:
+        with catch_warnings():
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+        if hub_bars:
+            enable_progress_bars()
+
+
 def run_here(program: str, *words: object) -> subprocess.CompletedProcess:
-    """`train.py …` or `vit_cifar …` in this process: each new one spends up to 10 seconds on importing libraries."""
+    """A script of the repository or `vit_cifar …` in this process: each new one spends up to 10 seconds on importing.
+
+    What libraries log or warn of is not in its stderr: where that matters, `run` it.
+    """
     command = [program, *map(str, words)]
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
     code = 0
-    with patch.object(sys, "argv", command), redirect_stdout(out), redirect_stderr(err):
+    with kept_settings(), patch.object(sys, "argv", command), redirect_stdout(out), redirect_stderr(err):
         try:
             if program.endswith(".py"):
                 runpy.run_path(str(ROOT / program), run_name="__main__")

@@ -123,7 +123,7 @@ def test_a_folder_that_cannot_be_written_is_one_line_and_exit_code_2(monkeypatch
     assert capsys.readouterr().err == "vit-cifar: [Errno 13] Permission denied: 'model/examination.json'\n"
 
 
-def test_users_errors_are_one_line_and_exit_code_2(images, tiny_model_folder, tmp_path):
+def test_users_errors_are_one_line_and_exit_code_2(images, tiny_model_folder, tmp_path, recwarn):
     text = tmp_path / "text.png"
     text.write_text("no image")
     Image.new("1", (10_000, 10_000)).save(tmp_path / "huge.png")
@@ -165,7 +165,7 @@ def test_users_errors_are_one_line_and_exit_code_2(images, tiny_model_folder, tm
         assert (refused.returncode, refused.stdout) == (2, "")
         (line,) = refused.stderr.strip().splitlines()
         assert line.startswith("vit-cifar: ") and message in line
-    assert not (tmp_path / "maps").exists()
+    assert not recwarn.list and not (tmp_path / "maps").exists()
 
 
 def test_explain_checks_what_is_asked_for_before_it_reads_the_pictures(images, tiny_model_folder, tmp_path):

@@ -273,19 +273,8 @@ def test_adamw_and_no_augmentation_are_one_argument_away(tmp_path):
 @pytest.mark.slow
 def test_nano_starts_on_the_real_dataset_and_the_second_start_decodes_nothing(cifar10, tmp_path):
     cache = {"HF_HOME": str(tmp_path / "home")}
-    command = [
-        sys.executable,
-        "train.py",
-        "--recipe",
-        "nano",
-        "--dataset_name",
-        cifar10,
-        "--max_steps",
-        "20",
-        "--eval_strategy",
-        "no",
-    ]
-    command += ["--save_strategy", "no", "--load_best_model_at_end", "false", "--output_dir"]
+    command = [sys.executable, "train.py", "--recipe", "nano", "--dataset_name", cifar10, "--max_steps", "20"]
+    command += ["--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false", "--output_dir"]
     first = run(*command, tmp_path / "first", **cache)
     assert first.returncode == 0, first.stderr
     assert "decoding train" in first.stderr and "decoding test" in first.stderr

@@ -172,7 +172,7 @@ def test_what_an_earlier_version_left_is_not_taken_for_this_ones(hub, tmp_path, 
     names = set(repo.commits[repo.refs["main"]])
     gone = {"pytorch_model.bin", "examination.json", "mistakes.parquet", "overlays.png"}
     assert not names & gone
-    said = {line.split()[1].rstrip(",") for line in pushed.stdout.splitlines() if line.startswith("deletes ")}
+    said = {line.split()[1].rstrip(",") for line in pushed.stdout.splitlines() if line.startswith("deleted ")}
     assert said == gone
     assert set(others) <= names and len(repo.messages) == 2
 

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import run
+from helpers import ROOT, run
 
 import vit_cifar
 from vit_cifar.evaluation.metrics import evaluate
@@ -21,6 +21,7 @@ FOLDERS = sorted(BUNDLED_MODELS.iterdir())
 def test_remote_code_is_the_packages(folder):
     for name in ("configuration_vit_cifar.py", "modeling_vit_cifar.py"):
         assert (folder / name).read_bytes() == (Path(vit_cifar.__file__).parent / name).read_bytes(), name
+    assert (folder / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)

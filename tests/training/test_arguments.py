@@ -195,6 +195,10 @@ def test_tutorial_recipes_are_the_tutorials(tmp_path):
             "eval_do_concat_batches: expected True, .*, got False",
         ),
         (
+            ["--recipe", "nano", "--output_dir", "x", "--train_sampling_strategy", "sequential"],
+            "train_sampling_strategy: expected random, .*, got sequential",
+        ),
+        (
             ["--recipe", "nano", "--output_dir", "x", "--label_names", "y"],
             r"label_names: expected None, .*, got \['y'\]",
         ),

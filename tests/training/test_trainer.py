@@ -208,7 +208,7 @@ def test_a_checkpoint_that_does_not_say_what_it_was_trained_on_is_refused(make, 
     for spoil, message in (
         (
             lambda callbacks: callbacks["TrainedOn"]["args"]["settings"].pop("flip"),
-            "expected the flip of .*, None, got",
+            "expected the flip of .*, which it does not say, got",
         ),
         (lambda callbacks: callbacks.pop("TrainedOn"), "which does not say what it was trained on"),
     ):

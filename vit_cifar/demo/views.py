@@ -293,8 +293,8 @@ def confusion_table(examination: Examination) -> str:
         accuracy = "–" if right is None else f"{right:.1%}"
         rows.append(f'<tr><th scope="row" title="{name}">{name}</th>{cells}<td>{accuracy}</td></tr>')
     return (
-        f'<table class="confusion" style="--classes: {len(names)}"><thead><tr><td></td>{head}'
-        f'<th scope="col"><span>accuracy</span></th></tr></thead><tbody>{"".join(rows)}</tbody></table>'
+        f'<div class="scroller"><table class="confusion" style="--classes: {len(names)}"><thead><tr><td></td>{head}'
+        f'<th scope="col"><span>accuracy</span></th></tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
     )
 
 

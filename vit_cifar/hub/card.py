@@ -58,9 +58,11 @@ def _fill(folder: Path, repo_id: str) -> str:
     per_class = record["test_accuracy_per_class"]
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
     environment.filters["plain"] = _plain
+    metadata = _metadata(record, classes, repo_id, examination)
     template = environment.from_string((HUB_CARD / "model_card.md").read_text(encoding="utf-8"))
     return template.render(
-        card_data=_metadata(record, classes, repo_id, examination).to_yaml(),
+        card_data=metadata.to_yaml(),
+        license=metadata.license,
         name=repo_id.split("/")[-1],
         repo_id=repo_id,
         record={"git_commit": None, **record, "hardware": {"gpu": None, **record["hardware"]}},

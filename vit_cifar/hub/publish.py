@@ -145,8 +145,10 @@ def check_card(folder: Path) -> str:
     if missing := [name for name in wanted if not card.data.get(name)]:
         raise PublishError(f"card: expected {', '.join(wanted)}, got no {', '.join(missing)}")
     stated = [result.metric_value for result in card.data.eval_results if result.metric_type == "accuracy"]
-    if stated != [accuracy] or f"{accuracy:.2%}" not in card.text:
+    if stated != [accuracy]:
         raise PublishError(f"card: expected the record's accuracy {accuracy}, got {stated}")
+    if f"{accuracy:.2%}" not in card.text:
+        raise PublishError(f"card: expected the record's accuracy, {accuracy:.2%}, in its text, got none")
     if "More Information Needed" in card.content:
         raise PublishError("card: expected every section to be filled, got 'More Information Needed'")
     links = set(LINK.findall(card.text))
@@ -250,9 +252,7 @@ def hub_errors(doing: str) -> Iterator[None]:
     except UserError:
         raise
     except (HfHubHTTPError, HTTPError, OSError, ValueError, RuntimeError) as error:
-        cause = (
-            error.__cause__ if isinstance(error, RuntimeError) else error
-        )  # an upload of large files wraps what it met
+        cause = error.__cause__ if isinstance(error, RuntimeError) else error  # large uploads wrap what they met
         reason = one_line(cause or error)
         if isinstance(cause, HfHubHTTPError):  # its own text is many lines for developers
             answer = cause.response
@@ -289,8 +289,11 @@ def upload(folder: Path, repo_id: str, repo_type: str, private: bool, revision: 
             left = name in (*EXAMINED, PICTURE_NAME) or any(fnmatch(name, kind) and "/" not in name for kind in PICKLES)
             if name not in files and name != ".gitattributes" and (left or repo_type == "space"):
                 operations.append(CommitOperationDelete(name))
-                print(f"deletes {name}, which {repo_id} has and this folder has not")
-        return api.create_commit(repo_id, operations, commit_message=message, repo_type=repo_type, revision=revision)
+        info = api.create_commit(repo_id, operations, commit_message=message, repo_type=repo_type, revision=revision)
+    for operation in operations:
+        if isinstance(operation, CommitOperationDelete):
+            print(f"deleted {operation.path_in_repo}, which {repo_id} had and this folder has not")
+    return info
 
 
 def describe_files(folder: Path) -> str:
