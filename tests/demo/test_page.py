@@ -418,7 +418,7 @@ SEEN, CLASSIC = "Your picture, resized", "Your picture, dark where the model att
 GRADIENT = "Your picture under a colour map of gradient rollout"
 OCCLUSION = "Your picture under a colour map of occlusion"
 VIEWS = pytest.mark.parametrize(
-    ("theme", "width"), [("light", 1280), ("dark", 768), ("light", 360)], ids=["desktop", "tablet, dark", "phone"]
+    ("theme", "width"), [("light", 1280), ("dark", 768), ("light", 390)], ids=["desktop", "tablet, dark", "phone"]
 )
 
 
@@ -567,6 +567,8 @@ def test_the_tabs_in_a_browser(subject, page, browser, tmp_path, theme, width):
     expect(tab.get_by_label("Images of", exact=True)).to_have_value(label)
     expect(tab.get_by_label("Answered", exact=True)).to_have_value(answer)
     looks_right(tab, width)
+    tab.set_viewport_size({"width": 320, "height": 568})
+    assert tab.evaluate("document.querySelector('.scroller').getBoundingClientRect().right") <= 320
     other = subject.classes[(subject.classes.index(label) + 1) % 10]
     tab.locator(f".confusion button[data-label={other}][data-answer={answer}]").click()
     expect(tab.get_by_text(views.mistakes(subject, other, answer)[1].replace("**", ""))).to_be_visible()
