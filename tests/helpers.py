@@ -18,7 +18,6 @@ from warnings import catch_warnings
 
 import pytest
 import torch
-from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from playwright.sync_api import Page, sync_playwright
 from transformers.utils import logging
 
@@ -55,7 +54,7 @@ def run(*command: object, cwd: Path = ROOT, **environment: str) -> subprocess.Co
 def kept_settings() -> Iterator[None]:
     """What a command sets for its whole process is afterwards as it was."""
     threads, verbosity = torch.get_num_threads(), logging.get_verbosity()
-    bars, hub_bars = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    bars = logging.is_progress_bar_enabled()
     try:
         with catch_warnings():
             yield
@@ -63,9 +62,7 @@ def kept_settings() -> Iterator[None]:
         torch.set_num_threads(threads)
         logging.set_verbosity(verbosity)
         if bars:
-            logging.enable_progress_bar()
-        if hub_bars:
-            enable_progress_bars()
+            logging.enable_progress_bar()  # and the Hub's
 
 
 def run_here(program: str, *words: object) -> subprocess.CompletedProcess:

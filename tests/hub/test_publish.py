@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 
 from vit_cifar.errors import UserError
 from vit_cifar.evaluation.records import RECORD_NAME, read_record, weights_sha256
-from vit_cifar.hub import space
 from vit_cifar.hub.publish import PublishError, build_model_repo, check_accuracy, check_as_stranger, check_card, publish
 from vit_cifar.hub.space import build_space_repo, publish_space
 from vit_cifar.models import BUNDLED_MODELS, DEFAULT_MODEL
@@ -195,13 +194,13 @@ def test_the_command_without_a_token_says_how_to_log_in(tmp_path):
 def test_a_space_holds_the_package_without_what_an_editor_left(tmp_path, monkeypatch):
     checkout, built = tmp_path / "checkout", tmp_path / "built"
     built.mkdir()
-    shutil.copytree(Path(space.__file__).parents[1], checkout / "vit_cifar")
+    shutil.copytree(ROOT / "vit_cifar", checkout / "vit_cifar")
     for name in ("app.py", "LICENSE"):
         shutil.copyfile(ROOT / name, checkout / name)
     for name in (".ipynb_checkpoints/cli.py", "demo/._page.py"):
         (checkout / "vit_cifar" / name).parent.mkdir(exist_ok=True)
         (checkout / "vit_cifar" / name).write_text("secret")
-    monkeypatch.setattr(space, "__file__", str(checkout / "vit_cifar" / "hub" / "space.py"))
+    monkeypatch.setattr("vit_cifar.hub.space.__file__", str(checkout / "vit_cifar" / "hub" / "space.py"))
     build_space_repo("user/page", REPO_ID, "a" * 40, built)
     names = {path.relative_to(built).as_posix() for path in built.rglob("*") if path.is_file()}
     assert {"app.py", "LICENSE", "model_id.txt", "vit_cifar/cli.py", "vit_cifar/demo/page.py"} <= names

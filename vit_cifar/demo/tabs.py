@@ -253,7 +253,6 @@ def mistakes(subject: Subject) -> None:
                 if (cell) trigger("click", {label: cell.dataset.label, answer: cell.dataset.answer});
             });""",
             apply_default_css=False,
-            elem_id="confusion",
         )
         said = gr.Markdown(words)
         gallery = gr.Gallery(

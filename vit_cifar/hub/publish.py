@@ -284,15 +284,16 @@ def upload(folder: Path, repo_id: str, repo_type: str, private: bool, revision: 
         files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
         # Not upload_folder, which with Xet splits what the Hub refuses into several commits, deletions first.
         operations = [CommitOperationAdd(name, path) for name, path in files.items()]
+        deleted = []
         for name in api.list_repo_files(repo_id, repo_type=repo_type, revision=revision):
             # What an earlier version left must not be taken for this one's; other files of the owner stay.
             left = name in (*EXAMINED, PICTURE_NAME) or any(fnmatch(name, kind) and "/" not in name for kind in PICKLES)
             if name not in files and name != ".gitattributes" and (left or repo_type == "space"):
-                operations.append(CommitOperationDelete(name))
+                deleted.append(name)
+        operations += map(CommitOperationDelete, deleted)
         info = api.create_commit(repo_id, operations, commit_message=message, repo_type=repo_type, revision=revision)
-    for operation in operations:
-        if isinstance(operation, CommitOperationDelete):
-            print(f"deleted {operation.path_in_repo}, which {repo_id} had and this folder has not")
+    for name in deleted:
+        print(f"deleted {name}, which {repo_id} had and this folder has not")
     return info
 
 

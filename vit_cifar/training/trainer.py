@@ -248,10 +248,10 @@ class ViTCifarTrainer(Trainer):
         )
         expected |= before["settings"]
         for name, value in (own | self.trained_on.settings).items():
-            if name not in expected or expected[name] != value:
-                what = expected.get(name, "which it does not say")
+            said = expected.get(name, "which it does not say")
+            if said != value:
                 raise TrainingError(
-                    f"resume_from_checkpoint: expected the {name} of {resume_from_checkpoint}, {what}, got {value}"
+                    f"resume_from_checkpoint: expected the {name} of {resume_from_checkpoint}, {said}, got {value}"
                 )
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
 
