@@ -65,7 +65,8 @@ def test_flops_are_those_counted_by_hand():
     assert training_flops(config) == 2 * (3 * (patch_embedding + layer + head) - patch_embedding)
 
 
-def test_the_command_prints_rows_and_writes_a_record(tmp_path):
+def test_the_command_prints_rows_and_writes_a_record(tmp_path, monkeypatch):
+    monkeypatch.setattr("vit_cifar.evaluation.benchmark.INFERENCE_BATCH", 2)  # what takes long at 64
     path = tmp_path / "record.json"
     command = ["vit_cifar", "benchmark", "--batch-size", "2", "--rounds", "1", "--steps", "1"]
     finished = run_here(*command, "--output", path)
@@ -75,6 +76,7 @@ def test_the_command_prints_rows_and_writes_a_record(tmp_path):
     assert "vit-cifar, train.py" in names and "plain PyTorch loop, timm's ViT" in names
     assert "transformers' ViT, stock Trainer, per-image transforms" in names
     assert all(row["images_per_second"] > 0 for part in ("training", "inference") for row in record[part])
+    assert record["batch_size"] == {"training": 2, "inference": 2}
     formats = {row["number_format"] for row in record["training"]}
     assert formats == ({"bf16", "float32"} if machine_supports_bf16() else {"float32"})
     assert all(0 < share < 1 for share in record["share_of_matmul_rate"].values())
