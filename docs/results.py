@@ -111,31 +111,32 @@ def results() -> str:
 
 def speed() -> str:
     """The benchmark's ratios on processors with AVX-512 BF16, with AMX and without bf16 units, as Markdown."""
-    record, older, amx, without, preloaded = (
-        _benchmark(name) for name in ("", "_older", "_amx", "_float32", "_tcmalloc")
+    record, slower, amx, without, preloaded = (
+        _benchmark(name) for name in ("", "_slower", "_amx", "_float32", "_tcmalloc")
     )
     other = _rates(preloaded)["vit-cifar, train.py, bf16"]["images_per_second"]
     others = ", ".join(f"{item['median']:.2f}×" for item in preloaded["ratios"][:4])
     notes = [
-        f"The commands: {_commands(record, older)}. The machines have {record['hardware']['cores']} CPU cores with "
+        f"The commands: {_commands(record, slower)}. The machines have {record['hardware']['cores']} CPU cores with "
         "AVX-512 BF16 and are named here by their measured rate of bf16 matrix products. In bf16 training ours keeps "
         "the tokens between layers in bf16, the others in float32. Batch "
-        f"{record['batch_size']['training']} in training and {record['batch_size']['inference']} in inference; the "
-        f"median of {record['rounds']} and {older['rounds']} rounds, their spread.",
+        f"{record['batch_size']['training']} in training and {record['batch_size']['inference']} in inference. "
+        f"Each figure is the median over the rounds ({record['rounds']} at {_product_rate(record)}, {slower['rounds']} "
+        f"at {_product_rate(slower)}), the smallest and the largest in brackets.",
         "In bf16 on a CPU `train.py` writes attention out (`eager`), because the fused kernel's backward pass is slow "
         "there; transformers' and timm's models keep their default, the fused one. Most of the training ratio to "
         'transformers\' ViT is this choice: `attn_implementation="eager"` gives it to theirs too.',
         f"At {_product_rate(record)} {_shares(record)}",
-        f"At {_product_rate(older)} {_shares(older)}",
+        f"At {_product_rate(slower)} {_shares(slower)}",
         "glibc's allocator gives freed memory back and fetches it anew in each step; `train.py` keeps it, which the "
         f"others do not. The figures at {_product_rate(record)} and at {_product_rate(without)} are older and "
         "without it.",
         "Another allocator is an option: with tcmalloc's library (Debian's `libtcmalloc-minimal4`) in `LD_PRELOAD` for "
-        f"all, and without the above, the machine of {_product_rate(record)} gave {other:.0f} images/s for our "
-        f"training step at commit {preloaded['git_commit'][:7]}, and {others} in the first four rows.",
+        f"all, and without keeping freed memory, the machine of {_product_rate(record)} gave {other:.0f} images/s for "
+        f"our training step at commit {preloaded['git_commit'][:7]}, and {others} in the first four rows.",
     ]
     parts = [
-        _ratios(record, older),
+        _ratios(record, slower),
         "\n".join(f"- {note}" for note in notes),
         "A processor with AMX, whose matrix products are so fast that the rest of a step weighs more:",
         _ratios(amx),
@@ -187,8 +188,8 @@ def _shares(found: dict) -> str:
     pipeline = found["input_pipeline"]
     large, own_shape = (found["share_of_matmul_rate"][shape] for shape in ("2048 x 2048 x 2048", "the MLP's own"))
     return (
-        f"our training step reaches {large:.0%} of that rate and {own_shape:.0%} of that of forward products in its "
-        f"own MLP's shape; the input pipeline is {pipeline['share_of_a_step']:.2%} of a step and "
+        f"our training step reaches {large:.0%} of that rate, and {own_shape:.0%} of the rate of products in the shape "
+        f"of its own MLP's forward pass; the input pipeline is {pipeline['share_of_a_step']:.2%} of a step and "
         f"{pipeline['ratio']['median']:.0f} times as fast as per-image PIL transforms."
     )
 

@@ -12,6 +12,7 @@ from vit_cifar.evaluation.records import (
     fill_tables,
     git_commit,
     public_command,
+    public_name,
     read_record,
     write_json,
 )
@@ -80,6 +81,13 @@ def test_a_public_command_names_no_folder_of_a_machine(form):
     command = public_command(["train.py", "--recipe", "nano", *form], {"dataset_name": "cifar10-jpeg-q75"})
     assert "/a/folder" not in command
     assert command.startswith("train.py --recipe nano --dataset_name") and command.endswith("cifar10-jpeg-q75")
+
+
+def test_a_folder_of_a_machine_is_called_by_its_last_part(tmp_path, monkeypatch):
+    (folder := tmp_path / "my_images").mkdir()
+    monkeypatch.chdir(folder)
+    assert {public_name(name) for name in (".", "../my_images", str(folder))} == {"my_images"}
+    assert public_name("user/name") == "user/name" and public_name("runs/nano") == "runs/nano"
 
 
 def test_a_table_without_its_place_in_the_page_is_an_error():

@@ -49,6 +49,13 @@ def test_metadata_is_what_the_hub_reads():
     assert result["metrics"][1]["value"] == examination["calibration"]["as trained"]["calibration_error"]
 
 
+def test_a_gpu_is_named_once_beside_the_processor(nano):
+    hardware = read_record(nano)["hardware"]
+    change_record(nano, wall_time_seconds=300, hardware=hardware | {"gpu": "NVIDIA H200"})
+    (line,) = re.findall(r"\*\*Hardware and time.*", model_card(nano, "user/name").content)
+    assert f"5.0 min on NVIDIA H200, bf16 autocast ({hardware['cpu']})" in line
+
+
 def test_every_number_follows_the_record(nano):
     """Other numbers in the records, the same numbers in the card; those of before are gone."""
     before = read_record(nano)

@@ -211,6 +211,14 @@ def test_tutorial_recipes_are_the_tutorials(tmp_path):
             "label_smoothing_factor: expected a number from 0 to 1, got -0.5",
         ),
         (
+            ["--recipe", "nano", "--output_dir", "x", "--learning_rate", "-1"],
+            "learning_rate: expected a number of at least 0, got -1.0",
+        ),
+        (
+            ["--recipe", "nano", "--output_dir", "x", "--muon_learning_rate", "nan"],
+            "muon_learning_rate: expected a number of at least 0, got nan",
+        ),
+        (
             ["--recipe", "nano", "--output_dir", "x", "--lr_scheduler_type", "warmup_stable_decay"],
             "lr_scheduler_type, lr_scheduler_kwargs: expected what go together, got",
         ),

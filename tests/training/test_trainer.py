@@ -233,6 +233,7 @@ def test_a_checkpoint_of_other_images_is_refused(make, tmp_path):
         (("--optimizer", "trainer"), "expected the optimizer of .*, muon, got trainer$"),
         (("--seed", "3"), "expected the seed of .*, got 3$"),
         (("--flip", "none"), "expected the flip of .*, got none$"),
+        (("--lr_scheduler_type", "cosine"), "expected the lr_scheduler_type of .*, linear, got cosine$"),
         (("--gradient_accumulation_steps", "2"), "expected the images per step of .*, 25, got 50$"),
         (("--config_overrides", "num_attention_heads=1"), "expected the num_attention_heads of .*, got 1$"),
     ],

@@ -123,7 +123,8 @@ def git_commit(file: str | Path) -> str | None:
 def public_name(name: str) -> str:
     """A Hub id or a path within the checkout as it is, a path of one machine by its last part."""
     path = Path(name)
-    return path.resolve().name if path.is_absolute() or (".." in path.parts and path.exists()) else name
+    of_machine = path.is_absolute() or path == Path() or (".." in path.parts and path.exists())
+    return path.resolve().name if of_machine else name
 
 
 def public_command(words: list[str], names: dict[str, str]) -> str:

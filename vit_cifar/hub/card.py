@@ -65,7 +65,7 @@ def _fill(folder: Path, repo_id: str) -> str:
         license=metadata.license,
         name=repo_id.split("/")[-1],
         repo_id=repo_id,
-        record={"git_commit": None, **record, "hardware": {"gpu": None, **record["hardware"]}},
+        record={"git_commit": None, **record},
         config=config,
         classes=classes,
         grid=config.image_size // config.patch_size,

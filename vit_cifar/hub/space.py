@@ -73,7 +73,7 @@ def build_space_repo(repo_id: str, model_id: str, commit: str, folder: Path) -> 
     """
     package = Path(__file__).parents[1]
     checkout = package.parent
-    # What the tests ran with is what the Space gets.
+    # The version installed here: a Space names one gradio, not a range.
     try:
         gradio = importlib.metadata.version("gradio")
     except importlib.metadata.PackageNotFoundError as error:

@@ -236,6 +236,9 @@ def _check(
         parser.error(
             f"label_smoothing_factor: expected a number from 0 to 1, got {training_args.label_smoothing_factor}"
         )
+    for settings, name in ((training_args, "learning_rate"), (recipe_args, "muon_learning_rate")):
+        if not getattr(settings, name) >= 0:
+            parser.error(f"{name}: expected a number of at least 0, got {getattr(settings, name)}")
     try:
         throwaway = torch.optim.SGD([torch.zeros(1)], lr=training_args.learning_rate)
         kwargs = training_args.lr_scheduler_kwargs

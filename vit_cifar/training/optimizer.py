@@ -86,7 +86,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
     ):
         # Not super().__init__(): the groups and the state are those of the two optimizers below.
-        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        parameters = dict(model.named_parameters())
         by_muon, decayed = muon_parameter_names(model), decayed_parameter_names(model)
         matrices = [p for n, p in parameters.items() if n in by_muon]
         groups = [

@@ -44,9 +44,10 @@ from .data import ImageDataset, keep_batch, normalize
 from .distributed import synchronize_batch_norm
 from .optimizer import MuonWithAdamW, decayed_parameter_names, muon_parameter_names
 
-# What a training that is resumed cannot change: one record could not tell of both.
+# What a training that is resumed cannot change, but for its length: one record could not tell of both.
 SETTINGS = (
     *("optimizer", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm", "whiten_first_convolution"),
     *("seed", "data_seed", "freeze_body", "flip", "max_shift", "shift_fill", "cutout_size"),
     *("cutmix_probability", "trivial_augment_probability", "label_smoothing_factor"),
 )
@@ -218,9 +219,9 @@ class ViTCifarTrainer(Trainer):
                 others, other_labels = others["pixel_values"].to(images.device), others["labels"].to(images.device)
                 others = augmentation(others, partners, epoch)
                 images, own_share = augmentation.cutmix(images, others, sample_index, epoch)
-                one_hot = torch.eye(self.model.config.num_labels, device=images.device)
-                own_labels = one_hot[inputs["labels"]]
-                inputs["labels"] = own_labels.lerp(one_hot[other_labels], 1 - own_share[:, None])  # (B, classes)
+                count = self.model.config.num_labels
+                own, other = (nn.functional.one_hot(found, count).float() for found in (inputs["labels"], other_labels))
+                inputs["labels"] = own.lerp(other, 1 - own_share[:, None])  # (B, classes)
         inputs["pixel_values"] = normalize(images, self.image_mean, self.image_std)
         return inputs
 
