@@ -177,7 +177,6 @@ def test_explain_checks_what_is_asked_for_before_it_reads_the_pictures(images, t
 
 def test_a_file_name_need_not_be_text(images, tiny_model_folder, tmp_path):
     odd = images[0].rename(tmp_path / os.fsdecode(b"caf\xe9.png"))
-    words = ("predict", odd, "--model", tiny_model_folder)
-    answer = run(sys.executable, "-m", "vit_cifar", *words, PYTHONIOENCODING="utf-8:strict")
+    answer = vit_cifar("predict", odd, "--model", tiny_model_folder)
     assert answer.returncode == 0, answer.stderr
     assert "caf\\udce9.png: " in answer.stdout

@@ -31,6 +31,12 @@ def test_float_tiff(scale):
     assert image[..., 0].tolist() == [[0, 51], [153, 255]]
 
 
+def test_a_float_tiff_that_was_resized_may_overshoot():
+    values = np.array([[-0.001, 0.2], [0.6, 1.001]], dtype=np.float32)
+    image = np.asarray(open_image(encoded(Image.fromarray(values), "TIFF")))
+    assert image[..., 0].tolist() == [[0, 51], [153, 255]]
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "CMYK"])
 def test_other_modes_become_what_pillow_makes_of_them(mode):
     source = Image.fromarray(PIXELS).convert(mode)

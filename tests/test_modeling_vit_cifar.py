@@ -178,9 +178,8 @@ def test_logits_maps_and_their_gradients_equal_the_slow_computation(variant):
 
 
 @pytest.mark.parametrize("implementation", ["default", "eager", "sdpa", "flex_attention", "without_maps"])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_one_map_per_layer_under_every_attention_implementation(variant, implementation):
-    model, pixel_values = build(**variant), images()
+def test_one_map_per_layer_under_every_attention_implementation(implementation):
+    model, pixel_values = build(), images()
     fast = model(pixel_values).logits
     if implementation == "without_maps":  # a kernel of one's own
         sdpa = AttentionInterface()["sdpa"]
@@ -196,6 +195,8 @@ def test_one_map_per_layer_under_every_attention_implementation(variant, impleme
     assert_near(outputs.logits, fast)
     for gradient in torch.autograd.grad(outputs.logits[:, 0].sum(), outputs.attentions):
         assert gradient.isfinite().all() and gradient.abs().max() > 0
+    if implementation != "flex_attention":  # which takes half a minute to compile
+        assert_near(model(pixel_values).logits, outputs.logits)
 
 
 def test_the_default_implementation_is_a_fused_one_and_gives_no_maps_unasked():
@@ -205,14 +206,6 @@ def test_the_default_implementation_is_a_fused_one_and_gives_no_maps_unasked():
     assert model(images(), output_attentions=False).attentions is None
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_the_fast_paths_agree(implementation):
-    model, pixel_values = build(), images()
-    asked = model(pixel_values, output_attentions=True).logits
-    model.set_attn_implementation(implementation)
-    assert_near(model(pixel_values).logits, asked)
-
-
 def test_maps_asked_for_by_the_configuration(tmp_path):
     build().save_pretrained(tmp_path)
     model = ViTCifarForImageClassification.from_pretrained(tmp_path, output_attentions=True)
@@ -220,6 +213,9 @@ def test_maps_asked_for_by_the_configuration(tmp_path):
     model.set_attn_implementation("sdpa")
     assert len(model(images()).attentions) == 2
     assert model(images(), output_attentions=False).attentions is None
+    model.save_pretrained(tmp_path / "again")
+    again = ViTCifarForImageClassification.from_pretrained(tmp_path / "again")
+    assert again.config._attn_implementation == "sdpa" and len(again(images()).attentions) == 2
 
 
 def test_rows_sum_to_one_in_training_with_dropout_too():
@@ -626,6 +622,22 @@ def picture() -> Image.Image:
     return Image.fromarray(pixels.numpy())
 
 
+@pytest.mark.parametrize(
+    ("saved", "names", "labels", "problem_type"),
+    [
+        (10, {0: "age"}, torch.zeros(3), "regression"),
+        (1, {0: "a", 1: "b"}, torch.zeros(3, dtype=torch.long), "single_label_classification"),
+    ],
+)
+def test_class_names_given_while_loading_settle_the_loss(saved, names, labels, problem_type, tmp_path):
+    """transformers assigns them after the config has been made."""
+    build(num_labels=saved).save_pretrained(tmp_path)
+    named = {"id2label": names, "label2id": {name: index for index, name in names.items()}}
+    model = ViTCifarForImageClassification.from_pretrained(tmp_path, **named, ignore_mismatched_sizes=True)
+    assert model(images(), labels=labels).loss > 0
+    assert model.config.problem_type == problem_type
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_round_trip_keeps_every_bit_in_safetensors(variant, tmp_path):
     model = build(**variant)
@@ -748,8 +760,9 @@ def test_maps_and_their_gradients_with_gradient_checkpointing():
         assert_near(gradient, right)
 
 
-@pytest.mark.parametrize("patches", ["linear", "conv", "conv_stem"])
-@pytest.mark.parametrize("positions", ["learned", "sinusoidal"])
+@pytest.mark.parametrize(
+    ("patches", "positions"), [("linear", "learned"), ("conv", "sinusoidal"), ("conv_stem", "learned")]
+)
 def test_the_whole_graph_compiles(patches, positions):
     torch._dynamo.reset()
     model, pixel_values = build(patch_embedding=patches, position_embedding=positions), images()

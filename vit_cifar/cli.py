@@ -293,15 +293,13 @@ def _check_new_file(output: Path) -> None:
 
 
 def main() -> None:
-    from huggingface_hub.utils import disable_progress_bars
     from huggingface_hub.utils.logging import set_verbosity_error
     from safetensors import SafetensorError
     from transformers.utils import logging
 
     # No progress bars of small files (decoding a dataset keeps its own), no warnings of retries: the last one raises.
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # the Hub's as well
     logging.set_verbosity_error()
-    disable_progress_bars()
     set_verbosity_error()
     if sys.stdout:
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8

@@ -146,8 +146,12 @@ class ViTCifarConfig(PreTrainedConfig):
                     f"{key}: expected a field of ViTCifarConfig (did you mean {' or '.join(near)}?), got {key!r}"
                 )
 
+    def validate_output_attentions(self) -> None:
+        """transformers' own refuses maps with fused kernels; this model gives them there too."""
+
     def validate_architecture(self) -> None:
         """Checks that concern values and how they fit together; @strict has checked the types."""
+        self.num_labels = self.num_labels  # `from_pretrained(..., id2label=...)` fits no problem_type to its number
         for name in (
             *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
             *("image_size", "patch_size", "num_channels"),

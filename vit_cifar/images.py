@@ -134,9 +134,9 @@ def _to_small_rgb(image: Image.Image) -> Image.Image:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Of any of Pillow's modes: alpha over white, 16 bits scaled to 8, floats of 0..1 to 0..255."""
-    if image.mode == "F":  # a float TIFF: 0..1 as a rule
+    if image.mode == "F":  # a float TIFF: 0..1 as a rule, or a little above where it was resized
         values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        values = values * 255 if values.max(initial=0) <= 1 else values
+        values = values * 255 if values.max(initial=0) <= 2 else values
         image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
     elif image.mode.startswith("I"):  # 16 bits; Pillow itself would clip them to white
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))

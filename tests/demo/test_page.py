@@ -18,10 +18,11 @@ import torch
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from gradio_client.utils import QueueError
-from helpers import CHROMIUM, PATIENCE, ROOT, run, run_here, served, skip_or_fail
+from helpers import CHROMIUM, PATIENCE, ROOT, run_here, served, skip_or_fail
 from PIL import Image, ImageOps
 from playwright.sync_api import Browser, Page, Request, expect, sync_playwright
 
+from tests.faults.images import bomb
 from vit_cifar import CIFAR10_CLASSES
 from vit_cifar.demo import tabs, views
 from vit_cifar.demo.page import EXAMPLES, LAUNCH_OPTIONS, build_page
@@ -285,13 +286,11 @@ def test_a_class_that_is_not_there(client):
 
 
 def bad_files() -> dict[str, bytes]:
-    buffer = BytesIO()
-    Image.new("1", (13000, 13000)).save(buffer, "PNG")  # small as a file, huge when decoded
     return {
         "words.png": b"these are words",
         "empty.png": b"",
         "half.png": (EXAMPLES / "cat.png").read_bytes()[:900],
-        "bomb.png": buffer.getvalue(),
+        "bomb.png": bomb(13_000),
         "drawing.svg": b'<svg xmlns="http://www.w3.org/2000/svg"/>',
     }
 
@@ -735,9 +734,10 @@ def test_app_refuses_a_bad_model_in_one_line(tmp_path, how, monkeypatch):
     assert re.fullmatch(r"vit-cifar: model: expected .+, got .*nothing here.*\n", finished.stderr)
 
 
-def test_app_without_gradio_says_what_to_install():
-    hidden = "import sys, runpy; sys.modules['gradio'] = None; sys.argv = ['app.py']; "
-    finished = run(sys.executable, "-c", hidden + "runpy.run_path('app.py', run_name='__main__')")
+def test_app_without_gradio_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "vit_cifar.demo.page")
+    finished = run_here("app.py")
     assert finished.returncode == 2
     assert finished.stderr == 'vit-cifar: the page: expected gradio, got none: pip install "vit-cifar[demo]"\n'
 
